@@ -1,0 +1,325 @@
+"""The recipe of the `shapes` checkpoint: tokenizer, autoencoder, then text encoder and UNet together.
+
+    python models/shapes/train.py --work build/shapes --out models/shapes/checkpoint
+
+Each stage leaves its result in the work folder and is skipped when that result is there already, so
+a run that was interrupted goes on where it stopped. Losses go to standard output as JSON lines.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from scenes import scenes  # isort: skip  (this folder is the script's own path)
+
+VAE_SCENES = 4_000
+UNET_SCENES = 20_000
+TEXT_LENGTH = 77
+EMPTY_CAPTION_RATE = 0.1
+SNR_CAP = 5.0  # Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy"
+
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+
+
+def log(stage: str, **figures: float) -> None:
+    print(json.dumps({"stage": stage, **figures}), flush=True)
+
+
+def build_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
+    """A CLIP byte-pair tokenizer whose merges are learnt on the captions."""
+    base = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    base.normalizer = normalizers.Lowercase()
+    base.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=4_000, end_of_word_suffix="</w>", min_frequency=2, show_progress=False)
+    base.train_from_iterator(captions, trainer)
+    learnt = [tuple(merge) for merge in json.loads(base.to_str())["model"]["merges"]]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in learnt)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=learnt, model_max_length=TEXT_LENGTH)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build_vae() -> AutoencoderKL:
+    """The autoencoder of Stable Diffusion (factor 8, 4 latent channels) at 0.88 M parameters."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(24, 32, 48, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=128,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A CLIP text encoder of 2 layers, width 128."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TEXT_LENGTH,
+            projection_dim=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The UNet of Stable Diffusion with three levels, 4.4 M parameters."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(48, 96, 128),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,  # diffusers reads this as the number of heads in models of this layout
+        norm_num_groups=8,
+    )
+
+
+def rate_at(elapsed: float, budget: float, peak: float) -> float:
+    """Linear warm-up over the first 2 % of the time budget, then a cosine down to 2 % of the peak."""
+    progress = min(elapsed / budget, 1.0)
+    return peak * min(progress / 0.02 + 0.01, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Averaged:
+    """An exponential moving average of a module's parameters, with a warm-up of the decay."""
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for mean, value in zip(self.module.parameters(), module.parameters(), strict=True):
+            mean.lerp_(value, 1 - decay)
+
+
+def atomic_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    os.replace(partial, path)
+
+
+def pictures(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """uint8 [count, 3, 128, 128] and their captions, from the training split."""
+    drawn = [next_scene for next_scene, _ in zip(scenes(seed, held_out=False), range(count), strict=False)]
+    stacked = torch.from_numpy(np.stack([picture for _, picture in drawn])).permute(0, 3, 1, 2)
+    return stacked.contiguous(memory_format=torch.channels_last), [scene.caption for scene, _ in drawn]
+
+
+def train_vae(path: Path, *, minutes: float, compiled: bool) -> AutoencoderKL:
+    """L1 + MSE, a light pull of the latents to zero and a little noise on them instead of a KL term."""
+    torch.manual_seed(0)
+    vae = build_vae().to(memory_format=torch.channels_last)
+    if path.exists():
+        vae.load_state_dict(load_file(path))
+        return vae
+    images, _ = pictures(VAE_SCENES, seed=1)
+    averaged = Averaged(vae, 0.999)
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+
+    def loss_of(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = vae.encode(batch).latent_dist.mode()
+        decoded = vae.decode(latents + 0.05 * torch.randn_like(latents)).sample.float()
+        difference = decoded - batch
+        l1 = difference.abs().mean()
+        return l1 + difference.square().mean() + 1e-4 * latents.float().square().mean(), l1
+
+    step = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+    budget, began, iteration, running = minutes * 60.0, time.monotonic(), 0, 0.0
+    while (elapsed := time.monotonic() - began) < budget:
+        # Half the time on quarter pictures: the same cost a pixel, four times the scenes a step.
+        small = elapsed < 0.5 * budget
+        batch = images[torch.randint(len(images), (16 if small else 8,))]
+        if small:
+            top, left = torch.randint(0, 65, (2,)).tolist()
+            batch = batch[:, :, top : top + 64, left : left + 64]
+        batch = batch.contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, l1 = step(batch)
+        optimiser.param_groups[0]["lr"] = rate_at(elapsed, budget, 1e-3)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step()
+        averaged.update(vae)
+        iteration += 1
+        running = l1.item() if iteration == 1 else 0.98 * running + 0.02 * l1.item()
+        if iteration % 100 == 0:
+            log("vae", iteration=iteration, seconds=round(elapsed), l1=round(running, 5))
+    atomic_save(averaged.module.state_dict(), path)
+    vae.load_state_dict(averaged.module.state_dict())
+    return vae
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """The latents' means, float32 [count, 4, 16, 16]."""
+    parts = []
+    for batch in images.split(32):
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(vae.encode(batch.float() / 127.5 - 1).latent_dist.mode().float())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Fold a per-channel scale and shift into (post_)quant_conv, so that one scaling factor serves.
+
+    Returns the latents as the changed autoencoder would encode them: zero mean, unit variance.
+    """
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:channels] /= deviation.view(-1, 1, 1, 1)
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / deviation
+    # The rows after the means are log-variances: nearly no sampling noise, as trained.
+    quant.weight[channels:] = 0.0
+    quant.bias[channels:] = -12.0
+    post.bias += (post.weight[:, :, 0, 0] * mean).sum(1)
+    post.weight *= deviation.view(1, -1, 1, 1)
+    return (latents - mean.view(1, -1, 1, 1)) / deviation.view(1, -1, 1, 1)
+
+
+def train_denoiser(
+    latents: torch.Tensor,
+    captions: list[str],
+    tokenizer: CLIPTokenizer,
+    path: Path,
+    *,
+    minutes: float,
+    compiled: bool,
+) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    """Epsilon prediction with min-SNR weights, text encoder and UNet together."""
+    torch.manual_seed(0)
+    both = torch.nn.ModuleDict({"text_encoder": build_text_encoder(tokenizer), "unet": build_unet()})
+    both["unet"].to(memory_format=torch.channels_last)
+    if path.exists():
+        both.load_state_dict(load_file(path))
+        return both["text_encoder"], both["unet"]
+    ids = tokenizer(["", *captions], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+    schedule = DDPMScheduler(**SCHEDULE)
+    alphas = schedule.alphas_cumprod
+    weights = (SNR_CAP * (1 - alphas) / alphas).clamp(max=1.0)
+    averaged = Averaged(both, 0.999)
+    optimiser = torch.optim.AdamW(both.parameters(), lr=1.2e-3, betas=(0.9, 0.99), weight_decay=1e-2)
+
+    def loss_of(noisy: torch.Tensor, noise: torch.Tensor, steps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        embeds = both["text_encoder"](tokens)[0]
+        predicted = both["unet"](noisy, steps, embeds).sample.float()
+        return (predicted - noise).square().mean((1, 2, 3))
+
+    step = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+    size, budget, began, iteration, running = 48, minutes * 60.0, time.monotonic(), 0, 1.0
+    while (elapsed := time.monotonic() - began) < budget:
+        chosen = torch.randint(len(latents), (size,))
+        tokens = ids[torch.where(torch.rand(size) < EMPTY_CAPTION_RATE, 0, chosen + 1)]
+        # One timestep from each of `size` equal parts: the same distribution with less variance.
+        steps = ((torch.arange(size) + torch.rand(size)) * (1000 / size)).long().clamp(max=999)
+        clean = latents[chosen]
+        noise = torch.randn_like(clean)
+        noisy = schedule.add_noise(clean, noise, steps).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = step(noisy, noise, steps, tokens)
+        optimiser.param_groups[0]["lr"] = rate_at(elapsed, budget, 1.2e-3)
+        optimiser.zero_grad()
+        (losses * weights[steps]).mean().backward()
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimiser.step()
+        averaged.update(both)
+        iteration += 1
+        running += 0.02 * (losses.mean().item() - running)
+        if iteration % 50 == 0:
+            log("denoiser", iteration=iteration, seconds=round(elapsed), loss=round(running, 5))
+        if iteration % 500 == 0:
+            atomic_save(averaged.module.state_dict(), path.with_suffix(".latest.safetensors"))
+    atomic_save(averaged.module.state_dict(), path)
+    both.load_state_dict(averaged.module.state_dict())
+    return both["text_encoder"], both["unet"]
+
+
+def package(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    tokenizer: CLIPTokenizer,
+    out: Path,
+) -> None:
+    """Write the diffusers folder, weights in half precision."""
+    vae.register_to_config(scaling_factor=1.0)
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(out)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--work", type=Path, default=Path("build/shapes"))
+    arguments.add_argument("--out", type=Path, default=Path("models/shapes/checkpoint"))
+    arguments.add_argument("--vae-minutes", type=float, default=25.0)
+    arguments.add_argument("--denoiser-minutes", type=float, default=75.0)
+    arguments.add_argument("--eager", action="store_true", help="do not compile the training step")
+    options = arguments.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+
+    vae = train_vae(options.work / "vae.safetensors", minutes=options.vae_minutes, compiled=not options.eager)
+    images, captions = pictures(UNET_SCENES, seed=2)
+    latents = whiten(vae, encode_all(vae, images))
+    tokenizer = build_tokenizer(captions, options.work / "tokenizer")
+    text_encoder, unet = train_denoiser(
+        latents,
+        captions,
+        tokenizer,
+        options.work / "denoiser.safetensors",
+        minutes=options.denoiser_minutes,
+        compiled=not options.eager,
+    )
+    package(vae, text_encoder, unet, tokenizer, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""sdrt: compiled inference for Stable Diffusion."""

@@ -1,0 +1,46 @@
+"""What an exported ONNX folder says of itself: the contract between the export and the engines stage.
+
+Layout (components as Hugging Face Optimum names them):
+
+    model_index.json
+    text_encoder/model.onnx (+ model.onnx.data)   input_ids → last_hidden_state (, pooler_output)
+    unet/model.onnx                                sample, timestep, encoder_hidden_states → out_sample
+    vae_decoder/model.onnx                         latent_sample → sample
+    vae_encoder/model.onnx                         sample → latent_parameters
+    <component>/config.json, tokenizer/…, scheduler/scheduler_config.json
+    golden/<component>.npz                         arrays "input.<name>" and "output.<name>", made by PyTorch
+    golden/image.npz                               the reference image, uint8 [H, W, 3], as "image"
+    export.json                                    an `ExportRecord`
+
+A folder that another exporter made has neither golden/ nor export.json; the engines stage then takes
+ONNX Runtime in float32 as the reference and says so in the seal.
+"""
+
+from dataclasses import dataclass
+
+from sdrt.bundle import ModelRecord
+
+EXPORT_RECORD_NAME = "export.json"
+EXPORT_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenRequest:
+    """The request whose image the reference made."""
+
+    prompt: str
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRecord:
+    """The content of export.json."""
+
+    format_version: int
+    model: ModelRecord
+    reference: str  # "PyTorch 2.13.0, diffusers 0.42.1, float32"
+    golden: GoldenRequest

@@ -1,0 +1,51 @@
+"""`SamplingPlan`: a scheduler written down as rows of numbers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_STATE_SLOTS = 6  # PNDM needs the most: latents, the restored sample and four past model outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SamplingPlan:
+    """One request's whole sampling, as a matrix program over n state slots.
+
+    Row k means: evaluate the network on ``input_scales[k] * S[0]`` at ``timesteps[k]``, then
+    ``S = transitions[k] @ [S; model_output; noise]``. S[0] is the latents; S starts as
+    ``initial_scale * noise`` in slot 0 and zeros elsewhere.
+
+    timesteps: float64 [rows]; input_scales: float64 [rows]; transitions: float64 [rows, n, n + 2].
+    The arrays are read-only.
+    """
+
+    timesteps: npt.NDArray[np.float64]
+    input_scales: npt.NDArray[np.float64]
+    transitions: npt.NDArray[np.float64]
+    initial_scale: float
+
+    def __post_init__(self) -> None:
+        for array in (self.timesteps, self.input_scales, self.transitions):
+            array.setflags(write=False)
+
+    def __len__(self) -> int:
+        """How many rows, which is how often the network is evaluated (PNDM: steps + 1)."""
+        return len(self.timesteps)
+
+    @property
+    def slots(self) -> int:
+        """n, the number of state slots the plan uses."""
+        return int(self.transitions.shape[1])
+
+    def draws_noise(self, row: int) -> bool:
+        """Whether this row adds fresh noise, that is, consumes the request's generator."""
+        return bool(np.any(self.transitions[row, :, -1]))
+
+    def padded_transition(self, row: int, slots: int) -> npt.NDArray[np.float32]:
+        """Row's transition for a step graph of `slots` ≥ n state slots: float32 [slots, slots + 2]."""
+        own = self.slots
+        wide = np.zeros((slots, slots + 2), np.float32)
+        wide[:own, :own] = self.transitions[row, :, :own]
+        wide[:own, slots:] = self.transitions[row, :, own:]
+        return wide
