@@ -170,6 +170,14 @@ def _draw_shape(
         canvas.polygon(_outline(shape, x, y, r), fill=colour)
 
 
+def draw_template(shape: str, *, radius: int) -> npt.NDArray[np.bool_]:
+    """The filled pixels of one shape, bool, centred on a square a little larger than it."""
+    side = 2 * radius + 4
+    picture = Image.new("RGB", (side * SUPERSAMPLING, side * SUPERSAMPLING))
+    _draw_shape(ImageDraw.Draw(picture), shape, (side / 2, side / 2), radius, (255, 255, 255), (0, 0, 0))
+    return np.asarray(picture.convert("L").resize((side, side), Image.Resampling.BOX)) > 127
+
+
 def _outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
     if shape == "triangle":
         return [(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)]

@@ -1,6 +1,6 @@
 """The recipe of the `shapes` checkpoint: tokenizer, autoencoder, then text encoder and UNet together.
 
-    python models/shapes/train.py --work build/shapes --out models/shapes/checkpoint
+    python -m sdrt.models.shapes.train --work build/shapes --out models/shapes/checkpoint
 
 Each stage leaves its result in the work folder and is skipped when that result is there already, so
 a run that was interrupted goes on where it stopped. Losses go to standard output as JSON lines.
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from scenes import scenes  # isort: skip  (this folder is the script's own path)
+from sdrt.models.shapes.scenes import scenes
 
 VAE_SCENES = 4_000
 UNET_SCENES = 20_000
@@ -81,7 +81,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
-            intermediate_size=384,
+            intermediate_size=256,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=TEXT_LENGTH,
@@ -94,12 +94,12 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """The UNet of Stable Diffusion with three levels, 4.4 M parameters."""
+    """The UNet of Stable Diffusion with three levels, 3.9 M parameters."""
     return UNet2DConditionModel(
         sample_size=16,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(48, 96, 128),
+        block_out_channels=(48, 96, 112),
         layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=4,  # diffusers reads this as the number of heads in models of this layout
@@ -142,7 +142,7 @@ def pictures(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
     return stacked.contiguous(memory_format=torch.channels_last), [scene.caption for scene, _ in drawn]
 
 
-def train_vae(path: Path, *, minutes: float, compiled: bool) -> AutoencoderKL:
+def train_vae(path: Path, *, minutes: float) -> AutoencoderKL:
     """L1 + MSE, a light pull of the latents to zero and a little noise on them instead of a KL term."""
     torch.manual_seed(0)
     vae = build_vae().to(memory_format=torch.channels_last)
@@ -160,7 +160,6 @@ def train_vae(path: Path, *, minutes: float, compiled: bool) -> AutoencoderKL:
         l1 = difference.abs().mean()
         return l1 + difference.square().mean() + 1e-4 * latents.float().square().mean(), l1
 
-    step = torch.compile(loss_of, dynamic=False) if compiled else loss_of
     budget, began, iteration, running = minutes * 60.0, time.monotonic(), 0, 0.0
     while (elapsed := time.monotonic() - began) < budget:
         # Half the time on quarter pictures: the same cost a pixel, four times the scenes a step.
@@ -171,7 +170,7 @@ def train_vae(path: Path, *, minutes: float, compiled: bool) -> AutoencoderKL:
             batch = batch[:, :, top : top + 64, left : left + 64]
         batch = batch.contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16):
-            loss, l1 = step(batch)
+            loss, l1 = loss_of(batch)
         optimiser.param_groups[0]["lr"] = rate_at(elapsed, budget, 1e-3)
         optimiser.zero_grad()
         loss.backward()
@@ -223,7 +222,6 @@ def train_denoiser(
     path: Path,
     *,
     minutes: float,
-    compiled: bool,
 ) -> tuple[CLIPTextModel, UNet2DConditionModel]:
     """Epsilon prediction with min-SNR weights, text encoder and UNet together."""
     torch.manual_seed(0)
@@ -244,7 +242,6 @@ def train_denoiser(
         predicted = both["unet"](noisy, steps, embeds).sample.float()
         return (predicted - noise).square().mean((1, 2, 3))
 
-    step = torch.compile(loss_of, dynamic=False) if compiled else loss_of
     size, budget, began, iteration, running = 48, minutes * 60.0, time.monotonic(), 0, 1.0
     while (elapsed := time.monotonic() - began) < budget:
         chosen = torch.randint(len(latents), (size,))
@@ -255,7 +252,7 @@ def train_denoiser(
         noise = torch.randn_like(clean)
         noisy = schedule.add_noise(clean, noise, steps).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            losses = step(noisy, noise, steps, tokens)
+            losses = loss_of(noisy, noise, steps, tokens)
         optimiser.param_groups[0]["lr"] = rate_at(elapsed, budget, 1.2e-3)
         optimiser.zero_grad()
         (losses * weights[steps]).mean().backward()
@@ -302,11 +299,10 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=Path("models/shapes/checkpoint"))
     arguments.add_argument("--vae-minutes", type=float, default=25.0)
     arguments.add_argument("--denoiser-minutes", type=float, default=75.0)
-    arguments.add_argument("--eager", action="store_true", help="do not compile the training step")
     options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 
-    vae = train_vae(options.work / "vae.safetensors", minutes=options.vae_minutes, compiled=not options.eager)
+    vae = train_vae(options.work / "vae.safetensors", minutes=options.vae_minutes)
     images, captions = pictures(UNET_SCENES, seed=2)
     latents = whiten(vae, encode_all(vae, images))
     tokenizer = build_tokenizer(captions, options.work / "tokenizer")
@@ -316,7 +312,6 @@ def main() -> None:
         tokenizer,
         options.work / "denoiser.safetensors",
         minutes=options.denoiser_minutes,
-        compiled=not options.eager,
     )
     package(vae, text_encoder, unet, tokenizer, options.out)
 

@@ -1,0 +1,53 @@
+# `make demo` and `make test` need nothing but Python 3.11 and a network: they set themselves up.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TREE := build/tree
+THREADS ?= $(shell nproc)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format train-shapes score-shapes bench-shapes bench-sd15 clean
+
+help:  ## show this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+
+setup: $(STAMP)  ## make .venv with the pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH"; echo "hint: install Python 3.11, or name another interpreter: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## build the embedded model, draw with it, compare with PyTorch: pictures and report in demo/
+	$(BIN)/sdrt build shapes --out demo/shapes.sdrt --precision fp32 --threads $(THREADS) --force
+	$(BIN)/sdrt demo --bundle demo/shapes.sdrt --out demo --force
+	$(BIN)/sdrt bench demo/shapes.sdrt --baseline shapes --suite shapes --out demo/report --threads $(THREADS) --force
+
+test: check  ## everything that CI runs: check, then the tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(TREE) && mkdir -p $(TREE)
+	cp -as $(CURDIR)/sdrt $(TREE)/sdrt
+	for folder in export engines benchmarks models; do cp -as $(CURDIR)/$$folder $(TREE)/sdrt/$$folder; done
+	cd $(TREE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p sdrt
+	cd $(TREE) && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
+
+format: $(STAMP)  ## let ruff put the code in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train-shapes: $(STAMP)  ## train the embedded model anew (about 100 minutes on 2 cores)
+	$(BIN)/python -m sdrt.models.shapes.train --work build/shapes --out models/shapes/checkpoint
+
+bench-sd15: $(STAMP)  ## SD1.5 architecture, random weights, 512x512, against PyTorch and OpenVINO GenAI
+	$(BIN)/python -m sdrt.benchmarks --suite sd15 --out benchmarks/results/sd15 --threads $(THREADS)
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache
