@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 
 from sdrt.models.shapes.judge import judge, score
-from sdrt.models.shapes.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Scene, held_out_captions
-from sdrt.models.shapes.scenes import is_held_out, parse_caption, scenes
+from sdrt.models.shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    held_out_captions,
+    is_held_out,
+    parse_caption,
+    scenes,
+)
 
 
 def fresh(count, seed=4242):

@@ -10,7 +10,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdrt.models.shapes.scenes import scenes
@@ -107,9 +105,9 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def rate_at(elapsed: float, budget: float, peak: float) -> float:
-    """Linear warm-up over the first 2 % of the time budget, then a cosine down to 2 % of the peak."""
-    progress = min(elapsed / budget, 1.0)
+def rate_at(iteration: int, iterations: int, peak: float) -> float:
+    """Linear warm-up over the first 2 % of the run, then a cosine down to 2 % of the peak."""
+    progress = iteration / iterations
     return peak * min(progress / 0.02 + 0.01, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -132,7 +130,7 @@ class Averaged:
 def atomic_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     partial = path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def pictures(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
@@ -142,7 +140,7 @@ def pictures(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
     return stacked.contiguous(memory_format=torch.channels_last), [scene.caption for scene, _ in drawn]
 
 
-def train_vae(path: Path, *, minutes: float) -> AutoencoderKL:
+def train_vae(path: Path, *, iterations: int) -> AutoencoderKL:
     """L1 + MSE, a light pull of the latents to zero and a little noise on them instead of a KL term."""
     torch.manual_seed(0)
     vae = build_vae().to(memory_format=torch.channels_last)
@@ -160,10 +158,10 @@ def train_vae(path: Path, *, minutes: float) -> AutoencoderKL:
         l1 = difference.abs().mean()
         return l1 + difference.square().mean() + 1e-4 * latents.float().square().mean(), l1
 
-    budget, began, iteration, running = minutes * 60.0, time.monotonic(), 0, 0.0
-    while (elapsed := time.monotonic() - began) < budget:
-        # Half the time on quarter pictures: the same cost a pixel, four times the scenes a step.
-        small = elapsed < 0.5 * budget
+    began, running = time.monotonic(), 0.0
+    for iteration in range(iterations):
+        # Two thirds of the steps, half of the time, on quarter pictures: more scenes for the same work.
+        small = iteration < 0.67 * iterations
         batch = images[torch.randint(len(images), (16 if small else 8,))]
         if small:
             top, left = torch.randint(0, 65, (2,)).tolist()
@@ -171,16 +169,15 @@ def train_vae(path: Path, *, minutes: float) -> AutoencoderKL:
         batch = batch.contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16):
             loss, l1 = loss_of(batch)
-        optimiser.param_groups[0]["lr"] = rate_at(elapsed, budget, 1e-3)
+        optimiser.param_groups[0]["lr"] = rate_at(iteration, iterations, 1e-3)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step()
         averaged.update(vae)
-        iteration += 1
-        running = l1.item() if iteration == 1 else 0.98 * running + 0.02 * l1.item()
-        if iteration % 100 == 0:
-            log("vae", iteration=iteration, seconds=round(elapsed), l1=round(running, 5))
+        running = l1.item() if iteration == 0 else 0.98 * running + 0.02 * l1.item()
+        if iteration % 100 == 99:
+            log("vae", iteration=iteration + 1, seconds=round(time.monotonic() - began), l1=round(running, 5))
     atomic_save(averaged.module.state_dict(), path)
     vae.load_state_dict(averaged.module.state_dict())
     return vae
@@ -221,7 +218,7 @@ def train_denoiser(
     tokenizer: CLIPTokenizer,
     path: Path,
     *,
-    minutes: float,
+    iterations: int,
 ) -> tuple[CLIPTextModel, UNet2DConditionModel]:
     """Epsilon prediction with min-SNR weights, text encoder and UNet together."""
     torch.manual_seed(0)
@@ -242,8 +239,8 @@ def train_denoiser(
         predicted = both["unet"](noisy, steps, embeds).sample.float()
         return (predicted - noise).square().mean((1, 2, 3))
 
-    size, budget, began, iteration, running = 48, minutes * 60.0, time.monotonic(), 0, 1.0
-    while (elapsed := time.monotonic() - began) < budget:
+    size, began, running = 48, time.monotonic(), 1.0
+    for iteration in range(iterations):
         chosen = torch.randint(len(latents), (size,))
         tokens = ids[torch.where(torch.rand(size) < EMPTY_CAPTION_RATE, 0, chosen + 1)]
         # One timestep from each of `size` equal parts: the same distribution with less variance.
@@ -253,17 +250,16 @@ def train_denoiser(
         noisy = schedule.add_noise(clean, noise, steps).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             losses = loss_of(noisy, noise, steps, tokens)
-        optimiser.param_groups[0]["lr"] = rate_at(elapsed, budget, 1.2e-3)
+        optimiser.param_groups[0]["lr"] = rate_at(iteration, iterations, 1.2e-3)
         optimiser.zero_grad()
         (losses * weights[steps]).mean().backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimiser.step()
         averaged.update(both)
-        iteration += 1
         running += 0.02 * (losses.mean().item() - running)
-        if iteration % 50 == 0:
-            log("denoiser", iteration=iteration, seconds=round(elapsed), loss=round(running, 5))
-        if iteration % 500 == 0:
+        if iteration % 50 == 49:
+            log("denoiser", iteration=iteration + 1, seconds=round(time.monotonic() - began), loss=round(running, 5))
+        if iteration % 500 == 499:
             atomic_save(averaged.module.state_dict(), path.with_suffix(".latest.safetensors"))
     atomic_save(averaged.module.state_dict(), path)
     both.load_state_dict(averaged.module.state_dict())
@@ -297,12 +293,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--work", type=Path, default=Path("build/shapes"))
     arguments.add_argument("--out", type=Path, default=Path("models/shapes/checkpoint"))
-    arguments.add_argument("--vae-minutes", type=float, default=25.0)
-    arguments.add_argument("--denoiser-minutes", type=float, default=75.0)
+    arguments.add_argument("--vae-iterations", type=int, default=4_000)
+    arguments.add_argument("--denoiser-iterations", type=int, default=4_800)
     options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 
-    vae = train_vae(options.work / "vae.safetensors", minutes=options.vae_minutes)
+    vae = train_vae(options.work / "vae.safetensors", iterations=options.vae_iterations)
     images, captions = pictures(UNET_SCENES, seed=2)
     latents = whiten(vae, encode_all(vae, images))
     tokenizer = build_tokenizer(captions, options.work / "tokenizer")
@@ -311,7 +307,7 @@ def main() -> None:
         captions,
         tokenizer,
         options.work / "denoiser.safetensors",
-        minutes=options.denoiser_minutes,
+        iterations=options.denoiser_iterations,
     )
     package(vae, text_encoder, unet, tokenizer, options.out)
 
