@@ -1,1 +1,1 @@
-"""models."""
+"""The embedded models, each a folder with its weights, recipe and model card."""
