@@ -86,3 +86,48 @@ def make_tiny_tokenizer(folder: Path):  # type: ignore[no-untyped-def]
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder with random weights."""
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint as an ONNX folder, with golden results."""
+    from sdrt.export.package import export_model
+    from sdrt.progress import silent
+
+    target = tmp_path_factory.mktemp("exported") / "onnx"
+    export_model(tiny_checkpoint, target, progress=silent)
+    return target
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint as a float32 OpenVINO bundle, for 64 to 128 pixels a side."""
+    from sdrt.engines.build import BuildOptions, build_bundle
+    from sdrt.progress import silent
+
+    target = tmp_path_factory.mktemp("bundles") / "tiny.sdrt"
+    options = BuildOptions(backend="openvino", precision="fp32", sizes="64..128", batch="1..4")
+    build_bundle(tiny_export, target, options, silent)
+    return target
+
+
+@pytest.fixture(autouse=True, scope="session")
+def build_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests neither read nor fill the user's build cache."""
+    import os
+
+    os.environ["SDRT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def shapes_bundle(tmp_path_factory: pytest.TempPathFactory, build_cache: None) -> Path:
+    """The embedded model as a float32 bundle, built with the command line."""
+    import subprocess
+    import sys
+
+    target = tmp_path_factory.mktemp("shapes") / "shapes.sdrt"
+    command = [str(Path(sys.executable).with_name("sdrt")), "build", "shapes", "--precision", "fp32", "--out"]
+    done = subprocess.run([*command, str(target)], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.fail(f"the embedded model does not build: {done.stderr}")
+    return target

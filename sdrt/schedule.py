@@ -1,0 +1,258 @@
+"""The noise schedule: tables over the training timesteps, grids of inference timesteps and sigmas, prediction types."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from sdrt.bundle import JsonValue
+from sdrt.errors import RequestError
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+TimestepSpacing = Literal["leading", "trailing", "linspace"]
+Floats = npt.NDArray[np.float64]
+
+KARRAS_RHO = 7.0
+MAX_TRAIN_TIMESTEPS = 100_000
+TERMINAL_ALPHA_CUMPROD = 2.0**-24  # stands for zero where a sigma must stay finite
+
+SCHEDULE_FIELDS: Mapping[str, JsonValue] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NoiseSchedule:
+    """How much signal and noise each training timestep holds, and what the network predicts.
+
+    alphas_cumprod: float64 [T], ᾱ of Ho et al. 2020; sigmas: float64 [T], √((1 - ᾱ) / ᾱ), ascending.
+    The values are those of float32 tables, with which models are trained; all later arithmetic is float64.
+    With `rescale_betas_zero_snr` the last ᾱ is 0, and the last sigma that of ᾱ = 2**-24. The arrays are read-only.
+    """
+
+    prediction_type: PredictionType
+    alphas_cumprod: Floats
+    sigmas: Floats
+
+    def __post_init__(self) -> None:
+        self.alphas_cumprod.setflags(write=False)
+        self.sigmas.setflags(write=False)
+
+    def __len__(self) -> int:
+        """T, the number of training timesteps."""
+        return len(self.alphas_cumprod)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, JsonValue]) -> "NoiseSchedule":
+        """From a scheduler's config; fields it lacks take their usual defaults. RequestError names a bad field."""
+        fields = {**SCHEDULE_FIELDS, **{name: config[name] for name in SCHEDULE_FIELDS if name in config}}
+        betas = _betas(fields)
+        rescaled = read_flag(fields, "rescale_betas_zero_snr")
+        if rescaled:
+            betas = _rescaled_to_zero_terminal_snr(betas)
+        if not np.all((betas >= 0) & (betas <= 1)):
+            raise RequestError(
+                f"the noise schedule has betas from {betas.min():g} to {betas.max():g}, outside 0 to 1",
+                hint="check beta_start, beta_end and trained_betas in the checkpoint's scheduler_config.json",
+            )
+        alphas_cumprod = _cumulative_product(np.float32(1) - betas)
+        positive = alphas_cumprod.copy()
+        if rescaled:
+            positive[-1] = TERMINAL_ALPHA_CUMPROD
+        with np.errstate(divide="ignore"):  # a plan that meets an infinite sigma is refused
+            sigmas = np.sqrt((np.float32(1) - positive) / positive)
+        prediction_type = cast("PredictionType", read_choice(fields, "prediction_type", get_args(PredictionType)))
+        return cls(
+            prediction_type=prediction_type,
+            alphas_cumprod=alphas_cumprod.astype(np.float64),
+            sigmas=sigmas.astype(np.float64),
+        )
+
+    def sigmas_at(self, timesteps: Floats) -> Floats:
+        """Sigmas at (fractional) timesteps, linear in between: float64, shaped like `timesteps`."""
+        return np.interp(timesteps, np.arange(len(self)), self.sigmas)
+
+    def timesteps_at(self, sigmas: Floats) -> Floats:
+        """Fractional timesteps whose sigmas these are, linear in log sigma in between: float64 [len(sigmas)]."""
+        # float32 table and differences: the timesteps are rounded later, and must round as the reference's do.
+        table = np.log(self.sigmas.astype(np.float32))
+        wanted = np.log(np.maximum(sigmas, 1e-10))
+        low = np.clip(np.searchsorted(table, wanted, side="right") - 1, 0, len(self) - 2)
+        weight = np.clip((table[low] - wanted) / (table[low] - table[low + 1]), 0, 1)
+        return cast("Floats", (1 - weight) * low + weight * (low + 1))
+
+
+def spaced_timesteps(
+    spacing: TimestepSpacing, *, num_train_timesteps: int, num_inference_steps: int, steps_offset: int
+) -> Floats:
+    """Timesteps from noise to image: float64 [num_inference_steps], descending (Lin et al. 2023, table 2).
+
+    "linspace" is not rounded; `steps_offset` counts for "leading" only.
+    """
+    if spacing == "leading":
+        whole_ratio = num_train_timesteps // num_inference_steps
+        return np.arange(num_inference_steps, dtype=np.float64)[::-1] * whole_ratio + steps_offset
+    if spacing == "trailing":
+        ratio = num_train_timesteps / num_inference_steps
+        # Rounding of the ratio can make arange one longer than was asked: that last one is no timestep.
+        return cast("Floats", np.arange(num_train_timesteps, 0, -ratio)[:num_inference_steps].round() - 1)
+    return np.linspace(0, num_train_timesteps - 1, num_inference_steps)[::-1]
+
+
+def rounded_to_float32(values: Floats) -> Floats:
+    """The nearest float32 numbers, in which the reference holds its grids: float64, shaped like `values`."""
+    return values.astype(np.float32).astype(np.float64)
+
+
+def karras_sigmas(sigma_min: float, sigma_max: float, num_inference_steps: int) -> Floats:
+    """Sigmas from `sigma_max` down to `sigma_min`: float64 [num_inference_steps] (Karras et al. 2022, eq. 5, ρ = 7)."""
+    ramp = np.linspace(0, 1, num_inference_steps)
+    low, high = sigma_min ** (1 / KARRAS_RHO), sigma_max ** (1 / KARRAS_RHO)
+    return cast("Floats", (high + ramp * (low - high)) ** KARRAS_RHO)
+
+
+def denoised_coefficients(prediction_type: PredictionType, alpha: Floats, sigma: Floats) -> tuple[Floats, Floats]:
+    """(a, b) with x₀ = a·x + b·model_output for x = alpha·x₀ + sigma·ε, alpha² + sigma² = 1; shaped like `alpha`.
+
+    Ho et al. 2020, eq. 15 for epsilon; Salimans & Ho 2022, appendix D for v_prediction.
+    """
+    if prediction_type == "epsilon":
+        return 1 / alpha, -sigma / alpha
+    if prediction_type == "v_prediction":
+        return alpha, -sigma
+    return np.zeros_like(alpha), np.ones_like(alpha)
+
+
+def noise_coefficients(prediction_type: PredictionType, alpha: Floats, sigma: Floats) -> tuple[Floats, Floats]:
+    """(a, b) with ε = a·x + b·model_output; the counterpart of `denoised_coefficients`."""
+    if prediction_type == "epsilon":
+        return np.zeros_like(alpha), np.ones_like(alpha)
+    if prediction_type == "v_prediction":
+        return sigma, alpha
+    return 1 / sigma, -alpha / sigma
+
+
+def read_number(config: Mapping[str, JsonValue], name: str) -> float:
+    """A finite number from a scheduler's config."""
+    value = config[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _bad_field(name, value, "a finite number")
+    return float(value)
+
+
+def read_integer(config: Mapping[str, JsonValue], name: str, *, minimum: int, maximum: int) -> int:
+    """A whole number from `minimum` to `maximum` from a scheduler's config."""
+    value = config[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        raise _bad_field(name, value, f"a whole number from {minimum} to {maximum}")
+    return value
+
+
+def read_flag(config: Mapping[str, JsonValue], name: str) -> bool:
+    """A truth value from a scheduler's config; null means false."""
+    value = config[name]
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise _bad_field(name, value, "true or false")
+    return value
+
+
+def read_choice(config: Mapping[str, JsonValue], name: str, choices: tuple[str, ...]) -> str:
+    """One of `choices` from a scheduler's config."""
+    value = config[name]
+    if not isinstance(value, str) or value not in choices:
+        raise _bad_field(name, value, "one of " + ", ".join(choices))
+    return value
+
+
+def read_spacing(config: Mapping[str, JsonValue]) -> TimestepSpacing:
+    """The config's `timestep_spacing`."""
+    return cast("TimestepSpacing", read_choice(config, "timestep_spacing", get_args(TimestepSpacing)))
+
+
+def refuse_flags(config: Mapping[str, JsonValue], *names: str) -> None:
+    """RequestError for the first of these options that is on: options that would change the image and do not exist."""
+    for name in names:
+        if read_flag(config, name):
+            raise unsupported_field(name, True)
+
+
+def unsupported_field(name: str, value: JsonValue) -> RequestError:
+    """The error for a config field whose value sdrt cannot honour."""
+    return RequestError(
+        f"the checkpoint's scheduler config has {name}={value!r}, which is not supported",
+        hint="choose another scheduler, or change the field in scheduler_config.json if the model does not need it",
+    )
+
+
+def _bad_field(name: str, value: JsonValue, expected: str) -> RequestError:
+    shown = repr(value)
+    return RequestError(
+        f"the checkpoint's scheduler config has {name}={shown if len(shown) <= 80 else shown[:77] + '...'}",
+        hint=f"it must be {expected}: correct scheduler_config.json, or choose another scheduler",
+    )
+
+
+def _betas(fields: Mapping[str, JsonValue]) -> npt.NDArray[np.float32]:
+    """The training betas: float32 [T]."""
+    steps = read_integer(fields, "num_train_timesteps", minimum=2, maximum=MAX_TRAIN_TIMESTEPS)
+    if fields["trained_betas"] is not None:
+        return _trained_betas(fields["trained_betas"], steps)
+    kind = read_choice(fields, "beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"))
+    if kind == "squaredcos_cap_v2":
+        return _cosine_betas(steps)
+    start, end = read_number(fields, "beta_start"), read_number(fields, "beta_end")
+    if kind == "linear":
+        return _float32_linspace(start, end, steps)
+    if min(start, end) < 0:
+        raise _bad_field("beta_start", fields["beta_start"], "not negative, nor may beta_end be")
+    return np.square(_float32_linspace(math.sqrt(start), math.sqrt(end), steps))
+
+
+def _trained_betas(values: JsonValue, steps: int) -> npt.NDArray[np.float32]:
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise _bad_field("trained_betas", values, "a list of numbers")
+    if len(values) != steps:
+        raise _bad_field("trained_betas", values, f"as long as num_train_timesteps, {steps}, not {len(values)}")
+    return np.array(values, np.float32)
+
+
+def _cosine_betas(steps: int) -> npt.NDArray[np.float32]:
+    """Nichol & Dhariwal 2021, eq. 17, each beta at most 0.999."""
+    time = np.arange(steps + 1) / steps
+    alphas_bar = np.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1 - alphas_bar[1:] / alphas_bar[:-1], 0.999).astype(np.float32)
+
+
+def _float32_linspace(start: float, end: float, count: int) -> npt.NDArray[np.float32]:
+    """Evenly spaced float32 numbers, each half counted from its own end and rounded once, as training code does."""
+    first, last = np.float32(start), np.float32(end)
+    step = float((last - first) / np.float32(count - 1))
+    index = np.arange(count)
+    rising, falling = float(first) + step * index, float(last) - step * (count - 1 - index)
+    return np.where(index < count // 2, rising, falling).astype(np.float32)
+
+
+def _cumulative_product(alphas: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """float32 products that were accumulated in float64."""
+    return np.cumprod(alphas.astype(np.float64)).astype(np.float32)
+
+
+def _rescaled_to_zero_terminal_snr(betas: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Betas whose last cumulative alpha is zero (Lin et al. 2023, algorithm 1)."""
+    roots = np.sqrt(_cumulative_product(np.float32(1) - betas))
+    first, last = roots[0], roots[-1]
+    shifted = (roots - last) * (first / (first - last))
+    alphas_bar = shifted**2
+    alphas = np.concatenate([alphas_bar[:1], alphas_bar[1:] / alphas_bar[:-1]])
+    return cast("npt.NDArray[np.float32]", np.float32(1) - alphas)

@@ -1,0 +1,88 @@
+"""Every command and code block of the documents runs, and every figure's file exists.
+
+Blocks fenced as ```python run as they stand; blocks fenced as ```sh run line by line. A line that starts
+with `make` or `pip install` is checked against the Makefile or the package's extras instead of run, because
+this very test is part of `make test`. `shapes` is built once, and the documents' file names are real there.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS += [ROOT / "models" / "shapes" / "README.md"]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    found = []
+    for document in DOCUMENTS:
+        for number, match in enumerate(FENCE.finditer(document.read_text()), start=1):
+            if match[1] == language:
+                found.append((f"{document.relative_to(ROOT)} block {number}", match[2]))
+    return found
+
+
+def commands() -> list[tuple[str, str]]:
+    lines = []
+    for name, block in blocks("sh"):
+        joined = block.replace("\\\n", " ")
+        lines += [(name, line.split("  #")[0].strip()) for line in joined.splitlines() if line.strip()]
+    return lines
+
+
+@pytest.fixture(scope="session")
+def desk(tmp_path_factory: pytest.TempPathFactory, shapes_bundle: Path) -> Path:
+    """A folder as a reader of the README would have it: the bundle and a checkpoint of their own."""
+    folder = tmp_path_factory.mktemp("desk")
+    shutil.copytree(shapes_bundle, folder / "shapes.sdrt")
+    shutil.copytree(ROOT / "models" / "shapes" / "checkpoint", folder / "my-model")
+    return folder
+
+
+def run_in(folder: Path, command: list[str] | str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    import os
+
+    environment = os.environ | {"PATH": path}
+    shell = isinstance(command, str)
+    return subprocess.run(command, cwd=folder, shell=shell, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize(("name", "code"), blocks("python"), ids=lambda value: value if "block" in value else "")
+def test_python_blocks_run(name, code, desk):
+    done = run_in(desk, [sys.executable, "-c", code])
+    assert done.returncode == 0, f"{name}\n{done.stderr}"
+
+
+def test_shell_lines_run(desk):
+    lines = commands()
+    assert lines
+    for name, line in lines:
+        if line.startswith("make "):
+            done = run_in(ROOT, ["make", "--dry-run", *line.split()[1:]])
+        elif line.startswith("pip install "):
+            check_install(name, line)
+            continue
+        else:
+            assert line.startswith("sdrt "), f"{name}: this test does not know how to run {line!r}"
+            done = run_in(desk, line)
+        assert done.returncode == 0, f"{name}: {line}\n{done.stdout}\n{done.stderr}"
+
+
+def check_install(name: str, line: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for wanted in re.findall(r"\[([\w,]+)\]", line):
+        assert set(wanted.split(",")) <= set(extras), f"{name}: {line}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(document):
+    for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+        assert (document.parent / target).exists(), f"{document.name} links to {target}"

@@ -1,0 +1,308 @@
+"""Every plan against the diffusers class of its name, run step by step on the same random model outputs."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from sdrt.errors import RequestError
+from sdrt.plan import build_plan
+
+STEPS = (1, 2, 3, 4, 7, 10, 20, 25, 30, 50)
+MANY = 0  # stands for the most steps that every family can do with the spacing
+SPACINGS = ("leading", "trailing", "linspace")
+# The reference rounds sigmas to float32: TODO.
+TOLERANCE = 1e-6
+TOLERANCE_MANY_STEPS = 1e-5
+TOLERANCE_FLOAT32 = 1e-5
+# Fractional timesteps come of a float32 square root, whose last place differs between vendors' libraries.
+TIMESTEP_TOLERANCE = 1e-4
+SHAPE = (1, 4, 3, 5)
+
+STABLE_DIFFUSION = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+}
+# The fields of scheduler_config.json in published checkpoints.
+SD_1_5 = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "trained_betas": None, **STABLE_DIFFUSION}
+SD_2_1 = {
+    **STABLE_DIFFUSION,
+    "_class_name": "DDIMScheduler",
+    "prediction_type": "v_prediction",
+    "trained_betas": None,
+}
+SDXL = {
+    **STABLE_DIFFUSION,
+    "_class_name": "EulerDiscreteScheduler",
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
+SD_TURBO = {**SDXL, "timestep_spacing": "trailing"}
+
+
+class Reference(NamedTuple):
+    """What a diffusers scheduler did: its timesteps, input scales, states after each step and the first scale."""
+
+    timesteps: np.ndarray
+    input_scales: np.ndarray
+    states: list[np.ndarray]
+    initial_scale: float
+
+
+def draws(count: int, seed: int = 5) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((2 * count + 3, *SHAPE))
+
+
+def make_scheduler(class_name: str, config: Mapping[str, object], **overrides: object):
+    return getattr(diffusers, class_name).from_config(dict(config), **overrides)
+
+
+def run_reference(scheduler, steps: int, *, eta: float = 0.0, dtype: torch.dtype = torch.float64) -> Reference:
+    """Step through, in float64 where asked: tables and sigmas as they are, everything after them in `dtype`."""
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    if dtype is torch.float64:
+        for name in ("alphas_cumprod", "final_alpha_cumprod", "sigmas"):
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, getattr(scheduler, name).double())
+    noise = torch.from_numpy(draws(len(scheduler.timesteps))).to(dtype)
+    first = float(scheduler.init_noise_sigma)
+    sample = noise[0] * first
+    states, scales = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "float32", dtype)  # the schedulers' upcasts to float32 must not lose float64
+        for row, timestep in enumerate(scheduler.timesteps):
+            scales.append(float(scheduler.scale_model_input(torch.ones(1, dtype=dtype), timestep)))
+            options = {"eta": eta, "variance_noise": noise[2 + 2 * row]} if eta > 0 else {}
+            sample = scheduler.step(noise[1 + 2 * row], timestep, sample, **options).prev_sample
+            states.append(sample.numpy().astype(np.float64))
+    return Reference(scheduler.timesteps.numpy().astype(np.float64), np.array(scales), states, first)
+
+
+def run_plan(plan) -> list[np.ndarray]:
+    noise = draws(len(plan))
+    state = np.zeros((plan.slots, *SHAPE))
+    state[0] = noise[0] * plan.initial_scale
+    states = []
+    for row in range(len(plan)):
+        operands = np.concatenate([state, noise[1 + 2 * row : 3 + 2 * row]])
+        state = np.tensordot(plan.transitions[row], operands, 1)
+        states.append(state[0])
+    return states
+
+
+def assert_agrees(plan, reference: Reference, tolerance: float = TOLERANCE, timestep_tolerance: float = 0.0) -> None:
+    np.testing.assert_allclose(plan.timesteps, reference.timesteps, rtol=0, atol=timestep_tolerance)
+    np.testing.assert_allclose(plan.input_scales, reference.input_scales, rtol=2e-7)
+    assert plan.initial_scale == pytest.approx(reference.initial_scale, rel=2e-7)
+    for row, (ours, theirs) in enumerate(zip(run_plan(plan), reference.states, strict=True)):
+        error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        assert error <= tolerance, f"row {row} of {len(plan)}: {error:.1e}"
+
+
+def check(class_name: str, config: Mapping[str, object], steps: int, eta: float = 0.0) -> None:
+    if steps == MANY:
+        steps = 998 if config["timestep_spacing"] == "leading" else 999
+    reference = run_reference(make_scheduler(class_name, config), steps, eta=eta)
+    plan = build_plan(scheduler_class=class_name, scheduler_config=config, num_inference_steps=steps, eta=eta)
+    fractional = class_name == "EulerDiscreteScheduler" and config.get("use_karras_sigmas") is True
+    assert_agrees(
+        plan,
+        reference,
+        TOLERANCE if steps <= 50 else TOLERANCE_MANY_STEPS,
+        TIMESTEP_TOLERANCE if fractional else 0.0,
+    )
+
+
+@pytest.mark.parametrize("steps", [*STEPS, MANY])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_ddim(spacing: str, prediction_type: str, steps: int):
+    fields = {"timestep_spacing": spacing, "prediction_type": prediction_type}
+    check("DDIMScheduler", {**STABLE_DIFFUSION, **fields}, steps)
+
+
+@pytest.mark.parametrize("alpha_to_one", [True, False])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_ddim_with_noise(spacing: str, eta: float, alpha_to_one: bool):
+    config = {**STABLE_DIFFUSION, "timestep_spacing": spacing, "set_alpha_to_one": alpha_to_one}
+    check("DDIMScheduler", config, 13, eta)
+
+
+@pytest.mark.parametrize("steps", [*STEPS, MANY])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_pndm(spacing: str, prediction_type: str, steps: int):
+    fields = {"timestep_spacing": spacing, "prediction_type": prediction_type}
+    check("PNDMScheduler", {**STABLE_DIFFUSION, **fields}, steps)
+
+
+@pytest.mark.parametrize("steps", [*STEPS, MANY])
+@pytest.mark.parametrize("karras", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_euler(spacing: str, prediction_type: str, karras: bool, steps: int):
+    fields = {"timestep_spacing": spacing, "prediction_type": prediction_type, "use_karras_sigmas": karras}
+    check("EulerDiscreteScheduler", {**STABLE_DIFFUSION, **fields}, steps)
+
+
+@pytest.mark.parametrize("steps", [*STEPS, 14, 15, MANY])
+@pytest.mark.parametrize("karras", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_dpm_multistep(spacing: str, prediction_type: str, karras: bool, steps: int):
+    fields = {"timestep_spacing": spacing, "prediction_type": prediction_type, "use_karras_sigmas": karras}
+    check("DPMSolverMultistepScheduler", {**STABLE_DIFFUSION, **fields}, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20])
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"solver_order": 1},
+        {"final_sigmas_type": "sigma_min"},
+        {"final_sigmas_type": "sigma_min", "lower_order_final": False},
+        {"final_sigmas_type": "sigma_min", "lower_order_final": False, "euler_at_final": True},
+        {"lower_order_final": False},
+        {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 10.0},
+        {"use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"},
+        {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1},
+        {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "timestep_spacing": "leading"},
+        {"lambda_min_clipped": float("-inf")},
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+    ],
+    ids=lambda fields: ",".join(f"{name}={value}" for name, value in fields.items()),
+)
+def test_dpm_multistep_options(fields: dict[str, object], solver_type: str, steps: int):
+    check("DPMSolverMultistepScheduler", {**STABLE_DIFFUSION, "solver_type": solver_type, **fields}, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"final_sigmas_type": "sigma_min"},
+        {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 10.0},
+        {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "timestep_spacing": "leading"},
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        {"timestep_type": "continuous"},
+    ],
+    ids=lambda fields: ",".join(f"{name}={value}" for name, value in fields.items()),
+)
+def test_euler_options(fields: dict[str, object], steps: int):
+    check("EulerDiscreteScheduler", {**STABLE_DIFFUSION, **fields}, steps)
+
+
+@pytest.mark.parametrize("class_name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"beta_schedule": "linear"},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": np.geomspace(1e-4, 2e-2, 1000).tolist()},
+        {"num_train_timesteps": 777},
+        {"steps_offset": 0},
+        {"steps_offset": 3},
+    ],
+    ids=lambda fields: next(iter(fields)) + "=" + str(next(iter(fields.values())))[:17],
+)
+def test_noise_schedules(fields: dict[str, object], class_name: str):
+    check(class_name, {**STABLE_DIFFUSION, **fields}, 10)
+
+
+def test_ddim_on_a_schedule_rescaled_to_zero_terminal_snr():
+    fields = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    check("DDIMScheduler", {**STABLE_DIFFUSION, **fields}, 10)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20])
+@pytest.mark.parametrize("checkpoint", [SD_1_5, SD_2_1, SDXL, SD_TURBO], ids=["SD1.5", "SD2.1", "SDXL", "SD-Turbo"])
+@pytest.mark.parametrize(
+    ("name", "class_name", "overrides"),
+    [
+        ("ddim", "DDIMScheduler", {}),
+        ("pndm", "PNDMScheduler", {}),
+        ("euler", "EulerDiscreteScheduler", {}),
+        ("euler_karras", "EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", {}),
+        ("dpmpp_2m_karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    ],
+)
+def test_a_name_takes_over_what_from_config_takes_over(
+    name: str, class_name: str, overrides: dict[str, object], checkpoint: dict[str, object], steps: int
+):
+    reference = run_reference(make_scheduler(class_name, checkpoint, **overrides), steps)
+    own = str(checkpoint["_class_name"])
+    plan = build_plan(scheduler_class=own, scheduler_config=checkpoint, num_inference_steps=steps, scheduler=name)
+    timestep_tolerance = TIMESTEP_TOLERANCE if name == "euler_karras" else 0.0
+    assert_agrees(plan, reference, timestep_tolerance=timestep_tolerance)
+
+
+@pytest.mark.parametrize(
+    ("origin", "fields"),
+    [
+        ("DEISMultistepScheduler", {"final_sigmas_type": "sigma_min"}),  # algorithm_type deis, solver_type logrho
+        ("UniPCMultistepScheduler", {}),  # solver_type bh2
+        ("LMSDiscreteScheduler", {}),
+        ("HeunDiscreteScheduler", {}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 9.0}),
+    ],
+)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_config_written_by_another_scheduler_carries_over(origin: str, fields: dict[str, object], in_memory: bool):
+    config = make_scheduler(origin, {**STABLE_DIFFUSION, **fields}).config
+    given = {name: value for name, value in config.items() if in_memory or not name.startswith("_")}
+    reference = run_reference(make_scheduler("DPMSolverMultistepScheduler", given), 8)
+    plan = build_plan(scheduler_class=origin, scheduler_config=given, num_inference_steps=8, scheduler="dpmpp_2m")
+    assert_agrees(plan, reference)
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "euler_karras", "dpmpp_2m", "dpmpp_2m_karras"])
+def test_float32_steps_stay_within_the_promised_tolerance(name: str):
+    class_name = {"d": "DDIMScheduler", "p": "PNDMScheduler", "e": "EulerDiscreteScheduler"}[name[0]]
+    class_name = "DPMSolverMultistepScheduler" if name.startswith("dpm") else class_name
+    scheduler = make_scheduler(class_name, SD_1_5, **({"use_karras_sigmas": True} if "karras" in name else {}))
+    reference = run_reference(scheduler, 50, dtype=torch.float32)
+    plan = build_plan(scheduler_class="PNDMScheduler", scheduler_config=SD_1_5, num_inference_steps=50, scheduler=name)
+    timestep_tolerance = TIMESTEP_TOLERANCE if name == "euler_karras" else 0.0
+    assert_agrees(plan, reference, TOLERANCE_FLOAT32, timestep_tolerance)
+
+
+@pytest.mark.parametrize(("spacing", "steps"), [("leading", 999), ("leading", 1000), ("linspace", 1000)])
+def test_dpm_steps_that_would_not_be_finite_are_refused(spacing: str, steps: int):
+    config = {**STABLE_DIFFUSION, "timestep_spacing": spacing}
+    reference = run_reference(make_scheduler("DPMSolverMultistepScheduler", config), steps)
+    assert not np.isfinite(reference.states[-1]).all()
+    with pytest.raises(RequestError, match=f"no finite {steps} steps"):
+        build_plan(scheduler_class="DPMSolverMultistepScheduler", scheduler_config=config, num_inference_steps=steps)
+
+
+def test_the_oracle_notices_a_wrong_coefficient():
+    reference = run_reference(make_scheduler("PNDMScheduler", SD_1_5), 10)
+    plan = build_plan(scheduler_class="PNDMScheduler", scheduler_config=SD_1_5, num_inference_steps=10)
+    transitions = plan.transitions.copy()
+    transitions[4, 0, 2] *= 1 + 1e-4
+    wrong = type(plan)(
+        timesteps=plan.timesteps.copy(),
+        input_scales=plan.input_scales.copy(),
+        transitions=transitions,
+        initial_scale=plan.initial_scale,
+    )
+    with pytest.raises(AssertionError, match="row 4"):
+        assert_agrees(wrong, reference)
