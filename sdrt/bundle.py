@@ -1,9 +1,18 @@
 """The bundle: its manifest as plain data, reading and checking it. Nothing here runs an engine."""
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias
 
-JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
+import msgspec
+
+from sdrt.errors import BundleError
+from sdrt.files import contained_path, sha256_of, write_atomically
+from sdrt.progress import Progress, silent
+
+JsonValue: TypeAlias = bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"] | None
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "bundle.json"
@@ -101,7 +110,7 @@ class ModelRecord:
     default_height: int
     default_width: int
     scheduler_class: str
-    scheduler_config: dict[str, JsonValue]
+    scheduler_config: dict[str, Any]  # JSON values, as the checkpoint has them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,3 +142,151 @@ class Manifest:
     components: tuple[ComponentRecord, ...]
     tokenizer: tuple[FileRecord, ...]
     golden: GoldenRecord
+
+
+class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
+    """bundle.json: the manifest and the sha256 of its exact bytes."""
+
+    seal: str
+    manifest: msgspec.Raw
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+    sdrt_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A bundle on disk whose manifest was read and checked."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Read the manifest; check its seal and version, and that every file is there with its size.
+
+        Raises BundleError. Hashes of the files are checked by `verify_files`.
+        """
+        folder = Path(path)
+        bundle = cls(path=folder, manifest=read_manifest(folder))
+        for record in bundle.files():
+            _check_size(bundle.file(record), record)
+        return bundle
+
+    def component(self, name: str) -> ComponentRecord:
+        """The engine of that name. Raises BundleError when the bundle has none."""
+        for component in self.manifest.components:
+            if component.name == name:
+                return component
+        known = ", ".join(component.name for component in self.manifest.components)
+        raise BundleError(f"{self.path} has no engine {name!r}; it has {known}", hint="rebuild it with: sdrt build")
+
+    def file(self, record: FileRecord) -> Path:
+        """Where a file of the bundle lies. Raises BundleError when its path leaves the bundle."""
+        return contained_path(self.path, record.path)
+
+    def files(self) -> Iterator[FileRecord]:
+        """Every file that the manifest lists."""
+        for component in self.manifest.components:
+            yield from component.files
+        yield from self.manifest.tokenizer
+        yield self.manifest.golden.file
+
+
+def record_file(root: Path, path: Path, *, sha256: str | None = None) -> FileRecord:
+    """Describe a finished file of a bundle; its hash is computed unless it is known."""
+    return FileRecord(
+        path=path.relative_to(root).as_posix(),
+        sha256=sha256_of(path) if sha256 is None else sha256,
+        size_bytes=path.stat().st_size,
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write bundle.json, which makes the folder a bundle."""
+    body = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    text = msgspec.json.encode(_Sealed(seal=_seal(body), manifest=msgspec.Raw(body)))
+    write_atomically(folder / MANIFEST_NAME, text + b"\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle. Raises BundleError when there is none that this version can read."""
+    sealed = _read_sealed(folder)
+    body = bytes(sealed.manifest)
+    rebuild = "rebuild the bundle with: sdrt build"
+    try:
+        version = msgspec.json.decode(body, type=_Version)
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{folder / MANIFEST_NAME} is damaged: {error}", hint=rebuild) from error
+    if version.format_version != FORMAT_VERSION:
+        raise BundleError(
+            f"{folder} has bundle format {version.format_version} (sdrt {version.sdrt_version}); "
+            f"this sdrt reads format {FORMAT_VERSION}",
+            hint=f"{rebuild}, or open it with sdrt {version.sdrt_version}",
+        )
+    if sealed.seal != _seal(body):
+        raise BundleError(f"{folder / MANIFEST_NAME} was changed after it was sealed", hint=rebuild)
+    try:
+        return msgspec.json.decode(body, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{folder / MANIFEST_NAME} is not a manifest: {error}", hint=rebuild) from error
+
+
+def verify_files(bundle: Bundle, progress: Progress = silent) -> None:
+    """Compare the sha256 of every file with the manifest. Raises BundleError for the first that differs."""
+    records = list(bundle.files())
+    for done, record in enumerate(records):
+        progress("hashes", done, len(records))
+        if sha256_of(bundle.file(record)) != record.sha256:
+            raise BundleError(
+                f"{record.path} in {bundle.path} is not the file that was sealed (its sha256 differs)",
+                hint="copy the bundle again, or rebuild it with: sdrt build",
+            )
+    progress("hashes", len(records), len(records))
+
+
+def _seal(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+def _read_sealed(folder: Path) -> _Sealed:
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _not_a_bundle(folder) from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
+    try:
+        return msgspec.json.decode(text, type=_Sealed)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is damaged: {error}", hint="rebuild the bundle with: sdrt build") from error
+
+
+def _not_a_bundle(folder: Path) -> BundleError:
+    if not folder.exists():
+        return BundleError(
+            f"there is no bundle at {folder}", hint="check the path, or make one: sdrt build MODEL --out …"
+        )
+    if (folder / "model_index.json").is_file():
+        return BundleError(
+            f"{folder} is a model, not a bundle", hint=f"build it first: sdrt build {folder} --out {folder.name}.sdrt"
+        )
+    return BundleError(
+        f"{folder} is not a bundle: it has no {MANIFEST_NAME}",
+        hint="name the folder that `sdrt build` wrote, or build one: sdrt build MODEL --out …",
+    )
+
+
+def _check_size(path: Path, record: FileRecord) -> None:
+    rebuild = "copy the bundle again, or rebuild it with: sdrt build"
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise BundleError(f"{record.path} is missing from the bundle ({path})", hint=rebuild) from None
+    if size != record.size_bytes:
+        difference = abs(size - record.size_bytes)
+        word = "shorter" if size < record.size_bytes else "longer"
+        raise BundleError(f"{path} is {difference} bytes {word} than its manifest says", hint=rebuild)

@@ -1,16 +1,16 @@
 """Every error that sdrt raises on purpose, as one tree.
 
-    SdrtError
-    ├── RequestError      the caller asked for something impossible (a bad argument: exit code 2)
-    ├── CheckpointError   the model folder is missing, incomplete, hostile or of an unknown kind
-    ├── ExportError       tracing a component, or its check against PyTorch, failed
-    ├── BuildError        composing, compiling or sealing engines failed
-    ├── BundleError       a bundle is damaged, of another version, or not a bundle
-    ├── BackendError      a backend is absent, refuses the device, or failed while running
-    ├── ParityError       a result is not what the reference says it must be (also: not finite)
-    ├── OutputError       a result cannot be written where it was asked for
-    ├── BusyError         the queue is full; the request may be sent again later
-    └── Cancelled         the work was stopped on request
+SdrtError
+├── RequestError      the caller asked for something impossible (a bad argument: exit code 2)
+├── CheckpointError   the model folder is missing, incomplete, hostile or of an unknown kind
+├── ExportError       tracing a component, or its check against PyTorch, failed
+├── BuildError        composing, compiling or sealing engines failed
+├── BundleError       a bundle is damaged, of another version, or not a bundle
+├── BackendError      a backend is absent, refuses the device, or failed while running
+├── ParityError       a result is not what the reference says it must be (also: not finite)
+├── OutputError       a result cannot be written where it was asked for
+├── BusyError         the queue is full; the request may be sent again later
+└── Cancelled         the work was stopped on request
 """
 
 
@@ -63,5 +63,5 @@ class BusyError(SdrtError):
     """There is no room for another request now."""
 
 
-class Cancelled(SdrtError):
+class Cancelled(SdrtError):  # noqa: N818  (it is no failure)
     """The work was stopped on request."""

@@ -1,6 +1,7 @@
 """The noise schedule: tables over the training timesteps, grids of inference timesteps and sigmas, prediction types."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -17,6 +18,7 @@ Floats = npt.NDArray[np.float64]
 
 KARRAS_RHO = 7.0
 MAX_TRAIN_TIMESTEPS = 100_000
+_LARGEST = sys.float_info.max
 TERMINAL_ALPHA_CUMPROD = 2.0**-24  # stands for zero where a sigma must stay finite
 
 SCHEDULE_FIELDS: Mapping[str, JsonValue] = {
@@ -55,21 +57,19 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, JsonValue]) -> "NoiseSchedule":
         """From a scheduler's config; fields it lacks take their usual defaults. RequestError names a bad field."""
         fields = {**SCHEDULE_FIELDS, **{name: config[name] for name in SCHEDULE_FIELDS if name in config}}
-        betas = _betas(fields)
         rescaled = read_flag(fields, "rescale_betas_zero_snr")
-        if rescaled:
-            betas = _rescaled_to_zero_terminal_snr(betas)
+        with np.errstate(all="ignore"):  # what comes out not finite is refused: betas here, an infinite sigma by plans
+            betas = _rescaled_to_zero_terminal_snr(_betas(fields)) if rescaled else _betas(fields)
+            alphas_cumprod = _cumulative_product(np.float32(1) - betas)
+            positive = alphas_cumprod.copy()
+            if rescaled:
+                positive[-1] = TERMINAL_ALPHA_CUMPROD
+            sigmas = np.sqrt((np.float32(1) - positive) / positive)
         if not np.all((betas >= 0) & (betas <= 1)):
             raise RequestError(
                 f"the noise schedule has betas from {betas.min():g} to {betas.max():g}, outside 0 to 1",
                 hint="check beta_start, beta_end and trained_betas in the checkpoint's scheduler_config.json",
             )
-        alphas_cumprod = _cumulative_product(np.float32(1) - betas)
-        positive = alphas_cumprod.copy()
-        if rescaled:
-            positive[-1] = TERMINAL_ALPHA_CUMPROD
-        with np.errstate(divide="ignore"):  # a plan that meets an infinite sigma is refused
-            sigmas = np.sqrt((np.float32(1) - positive) / positive)
         prediction_type = cast("PredictionType", read_choice(fields, "prediction_type", get_args(PredictionType)))
         return cls(
             prediction_type=prediction_type,
@@ -144,7 +144,8 @@ def noise_coefficients(prediction_type: PredictionType, alpha: Floats, sigma: Fl
 def read_number(config: Mapping[str, JsonValue], name: str) -> float:
     """A finite number from a scheduler's config."""
     value = config[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # Compared, not converted: a whole number may be too large for a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
         raise _bad_field(name, value, "a finite number")
     return float(value)
 
@@ -190,17 +191,21 @@ def refuse_flags(config: Mapping[str, JsonValue], *names: str) -> None:
 def unsupported_field(name: str, value: JsonValue) -> RequestError:
     """The error for a config field whose value sdrt cannot honour."""
     return RequestError(
-        f"the checkpoint's scheduler config has {name}={value!r}, which is not supported",
+        f"the checkpoint's scheduler config means {name}={_shown(value)}, which is not supported",
         hint="choose another scheduler, or change the field in scheduler_config.json if the model does not need it",
     )
 
 
 def _bad_field(name: str, value: JsonValue, expected: str) -> RequestError:
-    shown = repr(value)
     return RequestError(
-        f"the checkpoint's scheduler config has {name}={shown if len(shown) <= 80 else shown[:77] + '...'}",
+        f"the checkpoint's scheduler config has {name}={_shown(value)}",
         hint=f"it must be {expected}: correct scheduler_config.json, or choose another scheduler",
     )
+
+
+def _shown(value: JsonValue) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _betas(fields: Mapping[str, JsonValue]) -> npt.NDArray[np.float32]:
@@ -220,18 +225,23 @@ def _betas(fields: Mapping[str, JsonValue]) -> npt.NDArray[np.float32]:
 
 
 def _trained_betas(values: JsonValue, steps: int) -> npt.NDArray[np.float32]:
-    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
-        raise _bad_field("trained_betas", values, "a list of numbers")
+    if not isinstance(values, list) or not all(_is_probability(value) for value in values):
+        raise _bad_field("trained_betas", values, "a list of numbers from 0 to 1")
     if len(values) != steps:
         raise _bad_field("trained_betas", values, f"as long as num_train_timesteps, {steps}, not {len(values)}")
     return np.array(values, np.float32)
 
 
+def _is_probability(value: JsonValue) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def _cosine_betas(steps: int) -> npt.NDArray[np.float32]:
     """Nichol & Dhariwal 2021, eq. 17, each beta at most 0.999."""
     time = np.arange(steps + 1) / steps
-    alphas_bar = np.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-    return np.minimum(1 - alphas_bar[1:] / alphas_bar[:-1], 0.999).astype(np.float32)
+    alphas_bar: Floats = np.square(np.cos((time + 0.008) / 1.008 * math.pi / 2))
+    betas: Floats = np.minimum(1 - alphas_bar[1:] / alphas_bar[:-1], 0.999)
+    return betas.astype(np.float32)
 
 
 def _float32_linspace(start: float, end: float, count: int) -> npt.NDArray[np.float32]:

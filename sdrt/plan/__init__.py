@@ -152,7 +152,7 @@ def _select(scheduler: str | None, scheduler_class: str) -> tuple[_Family, Mappi
     if scheduler_class not in _COMPATIBLE_CLASSES:
         raise RequestError(
             f"the checkpoint's scheduler is {scheduler_class!r}, which is of no kind that sdrt knows",
-            hint=_suggestion(scheduler_class, sorted(_COMPATIBLE_CLASSES)),
+            hint="sdrt samples models whose scheduler is one of: " + ", ".join(sorted(_COMPATIBLE_CLASSES)),
         )
     if scheduler is None:
         if scheduler_class in _FAMILIES:

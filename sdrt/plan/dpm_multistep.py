@@ -1,4 +1,4 @@
-"""DPM-Solver++ multistep, orders 1 and 2 (Lu et al. 2022, "DPM-Solver++"), as plan rows.
+"""DPM-Solver++ multistep, orders 1 and 2 (Lu et al. 2022, arXiv:2211.01095), as plan rows.
 
 State slots: the latents, and the last denoised estimate for order 2.
 """
@@ -59,7 +59,7 @@ _RELATED_SOLVER_TYPES = ("logrho", "bh1", "bh2")  # of related solvers' configs;
 def dpm_multistep_plan(
     config: Mapping[str, JsonValue], schedule: NoiseSchedule, num_inference_steps: int
 ) -> SamplingPlan:
-    """One row a step, in x₀ and λ = log(α/σ): order 1 is eq. 4.1's first term (DDIM), order 2 is algorithm 2 ("2M").
+    """One row a step, in x₀ and λ = log(α/σ): order 1 is DDIM, order 2 the paper's algorithm 2 ("2M").
 
     The first step is of order 1, and so is the last one if it lands on sigma zero, with `euler_at_final`, or with
     `lower_order_final` and fewer than 15 steps. RequestError for other algorithms, orders and sigma spacings.

@@ -38,7 +38,7 @@ def pndm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, num_infe
     RequestError unless `skip_prk_steps`, and for prediction_type "sample", which the family does not define.
     """
     if not read_flag(config, "skip_prk_steps"):
-        raise unsupported_field("skip_prk_steps", False)
+        raise unsupported_field("skip_prk_steps", config["skip_prk_steps"])
     if schedule.prediction_type == "sample":
         raise unsupported_field("prediction_type", "sample")
     grid = integer_timesteps(config, schedule, num_inference_steps)

@@ -1,1 +1,57 @@
-"""sdrt/runners."""
+"""Choosing the runner of a bundle: the one place that looks at its backend's name."""
+
+import importlib.util
+from collections.abc import Mapping
+from importlib.metadata import version
+
+from sdrt.bundle import BackendName, BackendRecord, Bundle
+from sdrt.errors import BackendError, BundleError
+from sdrt.runners.base import Runner
+from sdrt.runners.cpu import cpu_features
+
+_INSTALL: Mapping[BackendName, str] = {
+    "openvino": "pip install sdrt",
+    "onnxruntime": 'pip install "sdrt[onnxruntime]"',
+    "tensorrt": "build the bundle again with --backend openvino or onnxruntime",
+}
+
+
+def open_runner(bundle: Bundle, *, threads: int | None = None) -> Runner:
+    """Open a bundle's engines on this machine, with all cores of this process unless `threads` says fewer.
+
+    Raises BackendError when the backend or a CPU feature is absent, BundleError when the backend is another
+    version than the one that the bundle was built and checked with.
+    """
+    backend = bundle.manifest.backend
+    check_backend(backend)
+    if backend.name == "openvino":
+        from sdrt.runners.openvino import OpenVinoRunner
+
+        return OpenVinoRunner(bundle, threads=threads)
+    if backend.name == "onnxruntime":
+        from sdrt.runners.onnxruntime import OnnxRuntimeRunner
+
+        return OnnxRuntimeRunner(bundle, threads=threads)
+    raise BackendError(f"this sdrt has no runner for {backend.name}", hint=_INSTALL[backend.name])
+
+
+def check_backend(backend: BackendRecord) -> None:
+    """Compare what a bundle needs with what this machine has, before any engine is touched."""
+    if importlib.util.find_spec(backend.name) is None:
+        raise BackendError(f"the bundle needs {backend.name}, which is not installed", hint=_INSTALL[backend.name])
+    installed = version(backend.name)
+    if _release(installed) != _release(backend.version):
+        raise BundleError(
+            f"the bundle was built with {backend.name} {backend.version}; {installed} is installed",
+            hint=f"rebuild it with: sdrt build, or pip install {backend.name}=={backend.version}",
+        )
+    absent = sorted(set(backend.features) - cpu_features())
+    if absent:
+        raise BackendError(
+            f"the bundle needs a CPU with {', '.join(absent)}, which this one has not",
+            hint="rebuild it for this machine: sdrt build … --precision fp32",
+        )
+
+
+def _release(text: str) -> tuple[str, ...]:
+    return tuple(text.split("-")[0].split(".")[:2])

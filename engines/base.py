@@ -1,0 +1,61 @@
+"""The seam between the engines stage and a backend: what a builder of engines can be asked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sdrt.bundle import BackendName, Precision, ShapeProfile
+
+ENGINES_FOLDER = "engines"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentSource:
+    """One component as ONNX: where its graph is, and everything that a builder may specialise it on.
+
+    onnx_path: the graph; its external data lies in the same folder. profile: which sizes and batches it must accept.
+    vae_downsample: pixels per latent on one side. max_lanes: most network evaluations of one step.
+    """
+
+    name: str
+    onnx_path: Path
+    profile: ShapeProfile
+    vae_downsample: int
+    max_lanes: int
+
+
+class EngineBuilder(Protocol):
+    """Makes the engines of one backend. Building is pure: equal source, precision and `identity` give equal engines."""
+
+    @property
+    def name(self) -> BackendName:
+        """The backend as bundles name it."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """The backend's own version; part of every cache key and of the bundle."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """The kind of device the engines run on: "cpu", or for a GPU its architecture."""
+        ...
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """What this builder can make here, the one that "auto" means first."""
+        ...
+
+    def features(self, precision: Precision) -> tuple[str, ...]:
+        """The device features that engines of this precision need, as `sdrt.runners` names them."""
+        ...
+
+    def build(self, source: ComponentSource, precision: Precision, folder: Path) -> Sequence[str]:
+        """Write the component's engine into the empty `folder`.
+
+        Returns the names of the files written, the one that a runner opens first.
+        Raises BuildError when the backend refuses the graph, BackendError when it is not installed.
+        """
+        ...

@@ -1,0 +1,40 @@
+"""What this machine's CPU can do: features by the kernel's names, and how many cores this process may use."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Literal
+
+BF16_FEATURES = ("amx_bf16", "avx512_bf16")  # either makes bfloat16 faster than float32
+_RELEVANT = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The relevant instruction sets of this CPU; empty where the system does not tell."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return frozenset()
+    flags = next((line.split(":", 1)[1] for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(flags.split()).intersection(_RELEVANT)
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's marketing name, or its architecture where the system does not tell."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def native_precision() -> Literal["bf16", "fp32"]:
+    """The fastest precision that this CPU computes in hardware."""
+    return "bf16" if cpu_features().intersection(BF16_FEATURES) else "fp32"
+
+
+def available_cores() -> int:
+    """How many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,299 @@
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from sdrt.errors import RequestError
+from sdrt.plan import MAX_STATE_SLOTS, SCHEDULERS, build_plan
+from sdrt.schedule import NoiseSchedule
+
+SD = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+def plan_of(name: str | None, steps: int, *, own: str = "PNDMScheduler", eta: float = 0.0, **fields: object):
+    return build_plan(
+        scheduler_class=own, scheduler_config={**SD, **fields}, num_inference_steps=steps, scheduler=name, eta=eta
+    )
+
+
+def run(plan, state: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    """The state after all rows; state: [slots], outputs: [rows]; no noise."""
+    for row in range(len(plan)):
+        state = plan.transitions[row] @ np.concatenate([state, [outputs[row], 0.0]])
+    return state
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+def test_a_plan_has_a_row_a_step_and_pndm_one_more(name: str, steps: int):
+    plan = plan_of(name, steps)
+    assert len(plan) == steps + (name == "pndm" and steps > 1)
+    assert plan.transitions.shape == (len(plan), plan.slots, plan.slots + 2)
+    assert plan.slots <= MAX_STATE_SLOTS
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_step_count_gives_a_finite_plan_or_a_request_error(name: str, spacing: str):
+    refused = []
+    for steps in range(1, 1001):
+        try:
+            plan = plan_of(name, steps, timestep_spacing=spacing)
+        except RequestError:
+            refused.append(steps)
+            continue
+        assert len(plan) == steps + (name == "pndm" and steps > 1)
+        assert np.isfinite(plan.transitions).all()
+    # Whole timesteps run out where almost all are asked for; no useful step count is refused.
+    assert all(steps >= 999 for steps in refused)
+
+
+def test_pndm_evaluates_its_second_timestep_twice():
+    assert plan_of("pndm", 4).timesteps.tolist() == [751, 501, 501, 251, 1]
+
+
+def test_pndm_makes_its_first_step_again_from_the_first_latents():
+    plan = plan_of("pndm", 10)
+    state = np.zeros(plan.slots)
+    state[0] = 1.0
+    after_first = plan.transitions[0] @ np.concatenate([state, [0.3, 0.0]])
+    disturbed = after_first.copy()
+    disturbed[0] += 100.0  # what the predictor made of the latents must not matter
+    first, second = (plan.transitions[1] @ np.concatenate([s, [0.4, 0.0]]) for s in (after_first, disturbed))
+    assert first[0] == second[0]
+
+
+def test_dpm_multistep_has_a_grid_of_its_own():
+    assert plan_of("dpmpp_2m", 3, timestep_spacing="leading").timesteps.tolist() == [751, 501, 251]
+    assert plan_of("dpmpp_2m", 3, timestep_spacing="linspace").timesteps.tolist() == [999, 666, 333]
+
+
+def test_euler_keeps_fractions_of_timesteps():
+    timesteps = plan_of("euler", 3, timestep_spacing="linspace").timesteps
+    assert timesteps.tolist() == [999, 499.5, 0]
+
+
+@pytest.mark.parametrize(("spacing", "first"), [("linspace", 999), ("trailing", 999), ("leading", 901)])
+def test_euler_starts_at_the_scale_of_its_spacing(spacing: str, first: int):
+    plan = plan_of("euler", 10, timestep_spacing=spacing)
+    sigma = NoiseSchedule.from_config(SD).sigmas[first]
+    expected = np.sqrt(sigma**2 + 1) if spacing == "leading" else sigma
+    assert plan.initial_scale == pytest.approx(expected, rel=1e-6)
+    assert plan.input_scales[0] == pytest.approx(1 / np.sqrt(sigma**2 + 1), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm", "dpmpp_2m"])
+def test_other_families_start_at_unit_scale(name: str):
+    plan = plan_of(name, 10)
+    assert plan.initial_scale == 1
+    assert np.all(plan.input_scales == 1)
+
+
+def test_only_ddim_with_eta_draws_noise():
+    plan = plan_of("ddim", 5, eta=1.0)
+    assert [plan.draws_noise(row) for row in range(5)] == [True] * 5
+    assert not any(plan_of(name, 5).draws_noise(0) for name in SCHEDULERS)
+
+
+@pytest.mark.parametrize("name", ["pndm", "euler", "dpmpp_2m"])
+def test_eta_is_refused_where_it_would_do_nothing(name: str):
+    with pytest.raises(RequestError, match=r"eta is 0\.5"):
+        plan_of(name, 5, eta=0.5)
+
+
+@pytest.mark.parametrize("eta", [-0.1, float("nan"), float("inf"), 50.0])
+def test_an_impossible_eta_is_refused(eta: float):
+    with pytest.raises(RequestError, match="eta"):
+        plan_of("ddim", 5, eta=eta)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 10**9, True, 2.0])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_an_impossible_step_count_is_refused(name: str, steps: object):
+    with pytest.raises(RequestError, match=f"num_inference_steps is {steps}"):
+        plan_of(name, steps)
+
+
+@pytest.mark.parametrize("name", [None, "pndm", "PNDMScheduler"])
+def test_the_own_scheduler_may_be_left_out_or_named(name: str | None):
+    np.testing.assert_array_equal(plan_of(name, 5).transitions, plan_of("pndm", 5).transitions)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "near"),
+    [("dimm", "ddim"), ("dpmpp_2m_karas", "dpmpp_2m_karras"), ("Euler", "euler"), ("PNDMSheduler", "PNDMScheduler")],
+)
+def test_an_unknown_scheduler_gets_a_suggestion(wanted: str, near: str):
+    with pytest.raises(RequestError, match=wanted) as raised:
+        plan_of(wanted, 5)
+    assert f"did you mean {near}?" in raised.value.hint
+
+
+def test_an_unsupported_own_scheduler_can_be_replaced_but_not_used():
+    with pytest.raises(RequestError, match="LMSDiscreteScheduler") as raised:
+        plan_of(None, 5, own="LMSDiscreteScheduler")
+    assert "dpmpp_2m" in raised.value.hint
+    assert len(plan_of("euler", 5, own="LMSDiscreteScheduler")) == 5
+
+
+@pytest.mark.parametrize("own", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", ""])
+@pytest.mark.parametrize("name", [None, "euler"])
+def test_a_checkpoint_of_another_kind_is_refused(own: str, name: str | None):
+    with pytest.raises(RequestError, match="no kind that sdrt knows"):
+        plan_of(name, 5, own=own)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("ddim", "clip_sample", True),
+        ("ddim", "thresholding", True),
+        ("ddim", "prediction_type", "flow_prediction"),
+        ("ddim", "timestep_spacing", "cosine"),
+        ("ddim", "steps_offset", -1),
+        ("ddim", "steps_offset", 0.5),
+        ("ddim", "steps_offset", 1000),
+        ("ddim", "set_alpha_to_one", "no"),
+        ("pndm", "skip_prk_steps", False),
+        ("pndm", "skip_prk_steps", None),
+        ("pndm", "prediction_type", "sample"),
+        ("euler", "interpolation_type", "log_linear"),
+        ("euler", "use_exponential_sigmas", True),
+        ("euler", "use_beta_sigmas", True),
+        ("euler", "final_sigmas_type", "half"),
+        ("euler_karras", "sigma_min", -1.0),
+        ("euler_karras", "sigma_max", "large"),
+        ("dpmpp_2m", "algorithm_type", "dpmsolver"),
+        ("dpmpp_2m", "algorithm_type", "sde-dpmsolver++"),
+        ("dpmpp_2m", "solver_order", 3),
+        ("dpmpp_2m", "solver_type", "bogacki"),
+        ("dpmpp_2m", "thresholding", True),
+        ("dpmpp_2m", "use_lu_lambdas", True),
+        ("dpmpp_2m", "use_flow_sigmas", True),
+        ("dpmpp_2m", "use_exponential_sigmas", True),
+        ("dpmpp_2m", "use_beta_sigmas", True),
+        ("dpmpp_2m", "use_dynamic_shifting", True),
+        ("dpmpp_2m", "variance_type", "learned_range"),
+        ("dpmpp_2m", "lambda_min_clipped", 1e9),
+        ("dpmpp_2m", "lambda_min_clipped", 10**400),
+        ("dpmpp_2m", "lambda_min_clipped", "none"),
+        ("euler", "a_field_of_tomorrow", 1),
+    ],
+)
+def test_a_field_that_cannot_be_honoured_is_named_with_its_value(name: str, field: str, value: object):
+    with pytest.raises(RequestError, match=field) as raised:
+        plan_of(name, 5, **{field: value})
+    assert str(value)[:70] in raised.value.message
+    assert raised.value.hint
+
+
+def test_continuous_timesteps_are_refused_for_v_prediction():
+    with pytest.raises(RequestError, match="timestep_type='continuous'"):
+        plan_of("euler", 5, timestep_type="continuous", prediction_type="v_prediction")
+
+
+@pytest.mark.parametrize("field", ["_class_name", "_anything", "rho", "predict_x0", "clip_sample_range"])
+def test_fields_without_meaning_for_the_scheduler_change_nothing(field: str):
+    np.testing.assert_array_equal(plan_of("euler", 5, **{field: 3.5}).transitions, plan_of("euler", 5).transitions)
+
+
+def test_an_absent_clip_sample_does_not_clip():
+    without = {name: value for name, value in SD.items() if name != "clip_sample"}
+    plan = build_plan(scheduler_class="DDIMScheduler", scheduler_config=without, num_inference_steps=5)
+    np.testing.assert_array_equal(plan.transitions, plan_of("ddim", 5).transitions)
+
+
+def test_a_division_by_zero_signal_is_refused():
+    fields = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    with pytest.raises(RequestError, match="no finite 5 steps"):
+        plan_of("ddim", 5, **fields)
+    assert len(plan_of("ddim", 5, prediction_type="v_prediction", **fields)) == 5
+
+
+def test_equal_arguments_give_the_same_object_and_others_do_not():
+    assert plan_of("ddim", 6) is plan_of("ddim", 6)
+    assert plan_of("ddim", 6) is not plan_of("ddim", 7)
+    assert plan_of("ddim", 6) is not plan_of("ddim", 6, eta=0.1)
+    assert plan_of("ddim", 6) is not plan_of("ddim", 6, steps_offset=0)
+    assert plan_of("ddim", 6) is not plan_of("euler", 6)
+
+
+def test_a_plan_cannot_be_written_to():
+    with pytest.raises(ValueError, match="read-only"):
+        plan_of("ddim", 6).transitions[0, 0, 0] = 1
+
+
+def test_a_padded_transition_steps_like_the_plan_s_own():
+    plan = plan_of("dpmpp_2m", 5)
+    wide = plan.padded_transition(2, MAX_STATE_SLOTS)
+    state = np.array([0.3, -0.7, 0.0, 0.0, 0.0, 0.0])
+    own = plan.transitions[2] @ [0.3, -0.7, 1.1, 0.2]
+    np.testing.assert_allclose((wide @ np.concatenate([state, [1.1, 0.2]]))[:2], own, rtol=1e-6)
+
+
+def first_level(plan, name: str, config: dict[str, object]) -> tuple[float, float]:
+    """Signal and noise of the first state, as the plan's space has them."""
+    schedule = NoiseSchedule.from_config(config)
+    if name.startswith("euler"):
+        return 1.0, float(np.sqrt(1 / plan.input_scales[0] ** 2 - 1))
+    if name == "dpmpp_2m_karras":
+        ratio = schedule.sigmas[-1]
+        return float(1 / np.hypot(ratio, 1)), float(ratio / np.hypot(ratio, 1))
+    alpha_bar = schedule.alphas_cumprod[int(plan.timesteps[0])]
+    return float(np.sqrt(alpha_bar)), float(np.sqrt(1 - alpha_bar))
+
+
+@given(
+    name=st.sampled_from(SCHEDULERS),
+    steps=st.integers(1, 120),
+    spacing=st.sampled_from(SPACINGS),
+    offset=st.integers(0, 3),
+    beta_schedule=st.sampled_from(["linear", "scaled_linear"]),
+    x0=st.floats(-3, 3),
+    noise=st.floats(-3, 3),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_model_that_knows_the_noise_lands_on_the_image(
+    name: str, steps: int, spacing: str, offset: int, beta_schedule: str, x0: float, noise: float
+):
+    config = {
+        **SD,
+        "timestep_spacing": spacing,
+        "steps_offset": offset,
+        "beta_schedule": beta_schedule,
+        "set_alpha_to_one": True,
+    }
+    plan = build_plan(
+        scheduler_class="DDIMScheduler", scheduler_config=config, num_inference_steps=steps, scheduler=name
+    )
+    assert np.isfinite(plan.transitions).all()
+    # DDIM and PNDM step down by T // n whatever the grid: they land where the grid does so too, and ends below that.
+    gaps, stride = np.diff(np.unique(plan.timesteps)), 1000 // steps
+    assume(name not in ("ddim", "pndm") or (plan.timesteps[-1] < stride and np.all(gaps == stride)))
+    alpha, sigma = first_level(plan, name, config)
+    state = np.zeros(plan.slots)
+    state[0] = alpha * x0 + sigma * noise
+    landed = run(plan, state, np.full(len(plan), noise))
+    assert landed[0] == pytest.approx(x0, abs=1e-5)
+
+
+@given(steps=st.integers(1, 200), eta=st.floats(0, 1), spacing=st.sampled_from(SPACINGS))
+@settings(max_examples=100, deadline=None)
+def test_ddim_noise_keeps_the_variance_of_every_level(steps: int, eta: float, spacing: str):
+    plan = plan_of("ddim", steps, eta=eta, timestep_spacing=spacing)
+    levels = NoiseSchedule.from_config(SD).alphas_cumprod
+    timesteps = plan.timesteps.astype(int)
+    following = np.maximum(timesteps - 1000 // steps, 0)
+    # With x₀ = 0, x = σ·ε and the output is ε: the next x must have the next level's variance.
+    on_noise = plan.transitions[:, 0, 0] * np.sqrt(1 - levels[timesteps]) + plan.transitions[:, 0, 1]
+    variance = on_noise**2 + plan.transitions[:, 0, 2] ** 2
+    np.testing.assert_allclose(variance, 1 - levels[following], rtol=1e-9, atol=1e-12)
