@@ -15,14 +15,17 @@ class ComponentSource:
     """One component as ONNX: where its graph is, and everything that a builder may specialise it on.
 
     onnx_path: the graph; its external data lies in the same folder. profile: which sizes and batches it must accept.
-    vae_downsample: pixels per latent on one side. max_lanes: most network evaluations of one step.
+    max_lanes: most network evaluations of one step. vae_downsample: pixels per latent on one side.
     """
 
     name: str
     onnx_path: Path
     profile: ShapeProfile
-    vae_downsample: int
     max_lanes: int
+    state_slots: int
+    latent_channels: int
+    prompt_embeds_dim: int
+    vae_downsample: int
 
 
 class EngineBuilder(Protocol):

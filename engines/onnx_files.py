@@ -46,11 +46,11 @@ def place_file(source: Path, target: Path) -> None:
 
 
 def lend_file(source: Path, target: Path) -> None:
-    """Make `source` readable as `target` for a moment: no copy if the file system can link."""
+    """Make `source` readable as `target` for a moment: no copy where the file system can link."""
     try:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without hard links
-        target.symlink_to(source.resolve())
+        place_file(source, target)
 
 
 def _external_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

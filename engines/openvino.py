@@ -3,9 +3,10 @@
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from sdrt.bundle import BackendName, Precision, ShapeProfile
+from sdrt.bundle import BackendName, Precision
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.step_graph import PREFIX, TIMESTEP
 from sdrt.errors import BackendError, BuildError
@@ -64,73 +65,66 @@ class OpenVinoBuilder:
         return (MODEL_NAME, WEIGHTS_NAME)
 
 
-def dimension_bounds(source: ComponentSource) -> Mapping[str, tuple[Bounds, ...]]:
-    """For each input of the component, the smallest and largest size of each dynamic dimension, in order.
+def input_bounds(source: ComponentSource) -> Mapping[str, tuple[Bounds, ...]]:
+    """For each input of the component, the smallest and largest size of each dimension.
 
-    Dimensions that the graph fixes itself are not listed. Only the step is narrowed to exact sizes: the VAE also
-    sees tiles, which are smaller than any image.
+    Only the step is narrowed to the exact sizes of the profile: the VAE also sees tiles, which are smaller.
     """
-    profile = source.profile
-    requests, lanes = (1, profile.max_batch), (1, source.max_lanes)
-    length = (1, profile.text_length)
-    sides = _latent_sides(profile, source.vae_downsample)
-    any_latent = tuple((1, high) for _, high in sides)
-    any_pixels = tuple((1, high * source.vae_downsample) for _, high in sides)
+    profile, latents = source.profile, _latent_sides(source)
+    requests, lanes, length = (1, profile.max_batch), (1, source.max_lanes), (1, profile.text_length)
+    slots, columns = (source.state_slots,) * 2, (source.state_slots + 2,) * 2
+    channels, embeds = (source.latent_channels,) * 2, (source.prompt_embeds_dim,) * 2
     if source.name == TEXT_ENCODER:
         return {"input_ids": (requests, length)}
     if source.name == VAE_DECODER:
-        return {"latent_sample": (requests, *any_latent)}
+        return {"latent_sample": (requests, channels, *((1, high) for _, high in latents))}
     if source.name == VAE_ENCODER:
-        return {"sample": (requests, *any_pixels)}
+        return {"sample": (requests, (3, 3), *((1, high * source.vae_downsample) for _, high in latents))}
     return {
-        "state": (requests, *sides),
+        "state": (requests, slots, channels, *latents),
         "input_scale": (requests,),
         "lane_request": (lanes,),
         "timestep": (lanes,),
-        "prompt_embeds": (lanes, length),
+        "prompt_embeds": (lanes, length, embeds),
         "guidance": (requests, lanes),
-        "transition": (requests,),
-        "noise": (requests, *sides),
+        "transition": (requests, slots, columns),
+        "noise": (requests, channels, *latents),
     }
 
 
-def _latent_sides(profile: ShapeProfile, vae_downsample: int) -> tuple[Bounds, Bounds]:
-    heights, widths = (
-        (profile.minimum[side] // vae_downsample, profile.maximum[side] // vae_downsample) for side in (0, 1)
-    )
-    return heights, widths
+def _latent_sides(source: ComponentSource) -> tuple[Bounds, Bounds]:
+    low, high = source.profile.minimum, source.profile.maximum
+    unit = source.vae_downsample
+    return (low[0] // unit, high[0] // unit), (low[1] // unit, high[1] // unit)
 
 
 def _bound_shapes(model: "ov.Model", source: ComponentSource) -> None:
     openvino = _openvino()
-    bounds = dimension_bounds(source)
+    bounds = input_bounds(source)
     shapes = {}
     for port in model.inputs:
-        name = port.get_any_name()
+        name, shape = port.get_any_name(), port.get_partial_shape()
         if name not in bounds:
-            raise BuildError(f"{source.name} has an unknown input {name}", hint=f"expected: {', '.join(bounds)}")
-        left = list(bounds[name])
-        shape = port.get_partial_shape()
-        if sum(dimension.is_dynamic for dimension in shape) != len(left):
+            raise BuildError(f"{source.name} has an unknown input {name}", hint=f"it may have: {', '.join(bounds)}")
+        wanted = [openvino.Dimension(*bound) for bound in bounds[name]]
+        fits = len(shape) == len(wanted) and all(
+            own.is_dynamic or own == ours for own, ours in zip(shape, wanted, strict=True)
+        )
+        if not fits:
             raise BuildError(
-                f"the input {name} of {source.name} has the shape {shape}, which is not dynamic as it must be",
+                f"the input {name} of {source.name} has the shape {shape}, not {openvino.PartialShape(wanted)}",
                 hint="export the checkpoint with dynamic batch, height, width and sequence length",
             )
-        shapes[port] = openvino.PartialShape(
-            [openvino.Dimension(*left.pop(0)) if dimension.is_dynamic else dimension for dimension in shape]
-        )
+        shapes[port] = openvino.PartialShape(wanted)
     model.reshape(shapes)
 
 
 def _float32_nodes(model: "ov.Model", component: str) -> set[str]:
     """Names of the nodes that would lose what matters in bf16.
 
-    - the whole text encoder: it runs once for a prompt, and its error would enter every step;
     - the step graph around the UNet: latents and coefficients are float32;
     - the timestep up to its sinusoids: in bf16, 981 becomes 980, and phases of hundreds of radians become noise.
     """
-    if component == TEXT_ENCODER:
-        return {node.get_friendly_name() for node in model.get_ordered_ops()}
     if component != STEP:
         return set()
     own = {name for node in model.get_ordered_ops() if (name := node.get_friendly_name()).startswith(PREFIX)}
@@ -149,10 +143,51 @@ def _timestep_nodes(model: "ov.Model") -> set[str]:
             reached.add(node.get_friendly_name())
     for node in reversed(model.get_ordered_ops()):
         name = node.get_friendly_name()
-        users = {target.get_node().get_friendly_name() for value in node.outputs() for target in value.get_target_inputs()}
+        users = {
+            target.get_node().get_friendly_name() for value in node.outputs() for target in value.get_target_inputs()
+        }
         if name in reached and (node.get_type_name() in _PERIODIC or users & wanted):
             wanted.add(name)
     for node in model.get_ordered_ops():
         if node.get_friendly_name() in wanted and node.get_type_name() == "Unsqueeze":
             _unsqueeze_by_reshape(node)
     return wanted
+
+
+def _unsqueeze_by_reshape(node: "ov.Node") -> None:
+    """Replace [M] → [M, 1] by an equal Reshape: the CPU plugin does the same later, but loses the node's attributes."""
+    from openvino import opset13
+
+    shape, output = node.input(0).get_partial_shape(), node.output(0).get_partial_shape()
+    if len(shape) != 1:
+        return
+    pattern = [1, -1] if output[0].is_static and output[0].get_length() == 1 and shape[0].is_dynamic else [-1, 1]
+    reshape = opset13.reshape(node.input_value(0), opset13.constant(pattern, dtype="int64"), False)
+    reshape.set_friendly_name(node.get_friendly_name())
+    node.output(0).replace(reshape.output(0))
+
+
+def _keep_float32(path: Path, names: set[str]) -> None:
+    """Mark nodes of a saved IR to be computed in float32."""
+    tree = ElementTree.parse(path)
+    for layer in tree.iterfind("./layers/layer"):
+        if layer.get("name") not in names or layer.get("type") in _NOT_COMPUTED:
+            continue
+        info = layer.find("rt_info")
+        if info is None:
+            info = ElementTree.Element("rt_info")
+            layer.insert(1 if layer.find("data") is not None else 0, info)
+        ElementTree.SubElement(info, "attribute", _KEEP_FLOAT32)
+    tree.write(path, encoding="utf-8", xml_declaration=True)
+
+
+def _openvino() -> ModuleType:
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendError("OpenVINO is not installed", hint="install it with: pip install openvino") from error
+    return openvino
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

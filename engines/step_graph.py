@@ -115,6 +115,7 @@ def compose_step_graph(unet: onnx.ModelProto, slots: int) -> onnx.ModelProto:
         _tensor("next_state", TensorProto.FLOAT, ("requests", slots, border.channels, "height", "width"))
     )
     graph.name = "step"
+    _forget_origin(model)
     return model
 
 
@@ -177,7 +178,8 @@ def _feed_lanes(composer: _Composer, border: UnetBorder) -> dict[str, str]:
     """Nodes before the UNet; returns which tensor stands in for each of its inputs, and for its output."""
     first_slot = composer.constant("first_slot", np.array(0, np.int64))
     latents = composer.add("Gather", ["state", first_slot], f"{PREFIX}latents", axis=1)
-    scale = composer.unsqueeze("input_scale", f"{PREFIX}input_scale", 1, 2, 3)
+    column = composer.constant("column", np.array([-1, 1, 1, 1], np.int64))
+    scale = composer.add("Reshape", ["input_scale", column], f"{PREFIX}input_scale")
     scaled = composer.add("Mul", [latents, scale], f"{PREFIX}scaled")
     lanes = composer.add("Gather", [scaled, "lane_request"], f"{PREFIX}lanes", axis=0)
     return {
@@ -264,6 +266,13 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
                 yield from _all_nodes(inner)
+
+
+def _forget_origin(model: onnx.ModelProto) -> None:
+    """Drop the exporter's notes: stack traces, with paths of the machine that exported."""
+    graph = model.graph
+    for described in (model, graph, *graph.node, *graph.value_info, *graph.initializer):
+        del described.metadata_props[:]
 
 
 def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:

@@ -1,1 +1,1 @@
-"""export."""
+"""The export stage: checkpoint → ONNX components in the standard layout, checked against PyTorch."""

@@ -104,9 +104,11 @@ class ModelRecord:
     identity: str  # sha256 over configs and weights
     task: Literal["text-to-image"]
     latent_channels: int
-    vae_downsample: int
+    vae_downsample: int  # pixels per latent on one side
+    size_multiple: int  # both sides of an image must be multiples of this many pixels
     vae_scaling_factor: float
     prompt_embeds_dim: int
+    text_length: int
     default_height: int
     default_width: int
     scheduler_class: str

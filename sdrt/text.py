@@ -19,7 +19,9 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Tokenizer, runner: Runner, capacity: int = 256) -> None:
         if capacity < 1:
-            raise RequestError(f"a prompt cache of {capacity} entries cannot be made", hint="use a capacity of 1 or more")
+            raise RequestError(
+                f"a prompt cache of {capacity} entries cannot be made", hint="use a capacity of 1 or more"
+            )
         self._tokenizer = tokenizer
         self._runner = runner
         self._capacity = capacity

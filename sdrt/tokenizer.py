@@ -78,14 +78,17 @@ class Tokenizer:
         named = _named_tokens(config, added, folder, damage)
         backend = _byte_pair_encoder(parts.model, named["unk_token"].content, folder, damage)
         backend.add_tokens([*added.values(), *named.values(), *_extra_tokens(config, folder, damage)])
-        ids = {role: backend.token_to_id(named[role].content) for role in ("bos_token", "eos_token", "pad_token")}
         known = parts.model.vocab.keys() | added.keys()
-        for role in ids:
-            if named[role].content not in known:
-                raise damage(f"{folder} has no token {named[role].content!r}, its {role}", hint=HINTS[damage])
-        return cls(
-            backend, begin=ids["bos_token"], end=ids["eos_token"], pad=ids["pad_token"], max_length=max_length
-        )
+        ids = []
+        for role in ("bos_token", "eos_token", "pad_token"):
+            text = named[role].content
+            index = backend.token_to_id(text)
+            # A token that the vocabulary lacks would get an id that the text encoder has no row for.
+            if text not in known or index is None:
+                raise damage(f"{folder} has no token {text!r}, its {role}", hint=HINTS[damage])
+            ids.append(index)
+        begin, end, pad = ids
+        return cls(backend, begin=begin, end=end, pad=pad, max_length=max_length)
 
     def encode(self, text: str) -> TokenizedText:
         """Token ids of one text, cut or padded to `max_length`.
@@ -215,10 +218,12 @@ def _byte_pair_encoder(bpe: _Bpe, unknown: str, folder: Path, damage: Damage) ->
     """CLIP's pipeline: NFC, one space for any whitespace, lower case, words, bytes, merges."""
     if bpe.type != "BPE":
         raise damage(f"{folder} is a {bpe.type} tokenizer", hint="only CLIP's byte-pair tokenizer is supported")
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in bpe.merges]
-    for number, merge in enumerate(merges, start=1):
-        if len(merge) != 2:
-            raise damage(f"{folder} has a malformed merge, number {number}: {merge}", hint=HINTS[damage])
+    merges: list[tuple[str, str]] = []
+    for number, merge in enumerate(bpe.merges, start=1):
+        first, *rest = merge.split(" ") if isinstance(merge, str) else merge
+        if len(rest) != 1:
+            raise damage(f"{folder} has a malformed merge, number {number}: {merge!r}", hint=HINTS[damage])
+        merges.append((first, rest[0]))
     try:
         model = tokenizers.models.BPE(
             vocab=bpe.vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=unknown

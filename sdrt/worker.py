@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -79,8 +80,6 @@ def run_child(
         if log is not None:
             stderr = stack.enter_context(log.open("w+", encoding="utf-8", errors="replace"))
         else:
-            import tempfile
-
             stderr = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
         # A session of its own: Ctrl-C reaches the child once, through us.
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -127,10 +128,21 @@ class Averaged:
             mean.lerp_(value, 1 - decay)
 
 
-def atomic_save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def atomic_save(tensors: dict[str, torch.Tensor], path: Path, *, iteration: int | None = None) -> None:
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    metadata = None if iteration is None else {"iteration": str(iteration)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     partial.replace(path)
+
+
+def resume(module: torch.nn.Module, path: Path) -> int:
+    """Load an interrupted run's averaged weights, if there are any, and say at which iteration to go on."""
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        iteration = int(file.metadata()["iteration"])
+    module.load_state_dict(load_file(path))
+    return iteration
 
 
 def pictures(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
@@ -231,6 +243,8 @@ def train_denoiser(
     schedule = DDPMScheduler(**SCHEDULE)
     alphas = schedule.alphas_cumprod
     weights = (SNR_CAP * (1 - alphas) / alphas).clamp(max=1.0)
+    latest = path.with_suffix(".latest.safetensors")
+    first = resume(both, latest)
     averaged = Averaged(both, 0.999)
     optimiser = torch.optim.AdamW(both.parameters(), lr=1.2e-3, betas=(0.9, 0.99), weight_decay=1e-2)
 
@@ -240,7 +254,7 @@ def train_denoiser(
         return (predicted - noise).square().mean((1, 2, 3))
 
     size, began, running = 48, time.monotonic(), 1.0
-    for iteration in range(iterations):
+    for iteration in range(first, iterations):
         chosen = torch.randint(len(latents), (size,))
         tokens = ids[torch.where(torch.rand(size) < EMPTY_CAPTION_RATE, 0, chosen + 1)]
         # One timestep from each of `size` equal parts: the same distribution with less variance.
@@ -260,7 +274,7 @@ def train_denoiser(
         if iteration % 50 == 49:
             log("denoiser", iteration=iteration + 1, seconds=round(time.monotonic() - began), loss=round(running, 5))
         if iteration % 500 == 499:
-            atomic_save(averaged.module.state_dict(), path.with_suffix(".latest.safetensors"))
+            atomic_save(averaged.module.state_dict(), latest, iteration=iteration + 1)
     atomic_save(averaged.module.state_dict(), path)
     both.load_state_dict(averaged.module.state_dict())
     return both["text_encoder"], both["unet"]
@@ -294,7 +308,7 @@ def main() -> None:
     arguments.add_argument("--work", type=Path, default=Path("build/shapes"))
     arguments.add_argument("--out", type=Path, default=Path("models/shapes/checkpoint"))
     arguments.add_argument("--vae-iterations", type=int, default=4_000)
-    arguments.add_argument("--denoiser-iterations", type=int, default=4_800)
+    arguments.add_argument("--denoiser-iterations", type=int, default=3_600)
     options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 

@@ -193,7 +193,7 @@ def test_dpm_multistep(spacing: str, prediction_type: str, karras: bool, steps: 
     check("DPMSolverMultistepScheduler", {**STABLE_DIFFUSION, **fields}, steps)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20])
+@pytest.mark.parametrize("steps", [1, 2, 3, 14, 15, 20])
 @pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
 @pytest.mark.parametrize(
     "fields",
@@ -282,6 +282,7 @@ def test_a_name_takes_over_what_from_config_takes_over(
     [
         ("DEISMultistepScheduler", {"final_sigmas_type": "sigma_min"}),  # algorithm_type deis, solver_type logrho
         ("UniPCMultistepScheduler", {}),  # solver_type bh2
+        ("DDIMScheduler", {}),  # spaced "leading" by default: carries over from a file, not from a live object
         ("LMSDiscreteScheduler", {}),
         ("HeunDiscreteScheduler", {}),
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 9.0}),

@@ -1,0 +1,149 @@
+"""The ONNX folder that a build starts from: what it says of its model, whoever exported it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from sdrt.bundle import JsonValue, ModelRecord
+from sdrt.engines.onnx_files import MODEL_NAME
+from sdrt.errors import CheckpointError
+from sdrt.exported import EXPORT_FORMAT_VERSION, EXPORT_RECORD_NAME, ExportRecord, GoldenRequest
+from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+
+FOLDER_OF = {TEXT_ENCODER: "text_encoder", STEP: "unet", VAE_DECODER: "vae_decoder", VAE_ENCODER: "vae_encoder"}
+_REEXPORT = "export the checkpoint again, or name the folder that holds model_index.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxFolder:
+    """A model as ONNX components.
+
+    multiple_of: the pixels that a side of an image must be a multiple of; text_length: tokens of a prompt.
+    reference and golden: what the exporter's golden results were made with; None if it left none.
+    """
+
+    path: Path
+    model: ModelRecord
+    multiple_of: int
+    text_length: int
+    reference: str | None
+    golden: GoldenRequest | None
+
+    def onnx_path(self, component: str) -> Path:
+        """The component's graph."""
+        return self.path / FOLDER_OF[component] / MODEL_NAME
+
+    def golden_path(self, name: str) -> Path:
+        """The golden results of a component (by its folder), or of the "image"."""
+        return self.path / "golden" / f"{name}.npz"
+
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        """What the tokenizer is loaded from."""
+        return tuple(sorted(file for file in (self.path / "tokenizer").iterdir() if file.is_file()))
+
+
+def read_onnx_folder(path: Path) -> OnnxFolder:
+    """Read the configs of an ONNX folder. CheckpointError: something is missing, damaged or of an unknown kind."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder", hint="name the folder of an exported model")
+    needed = [*(f"{folder}/{MODEL_NAME}" for folder in FOLDER_OF.values()), "unet/config.json", "tokenizer"]
+    if missing := [name for name in needed if not (path / name).exists()]:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}", hint=_REEXPORT)
+    record = _read_export_record(path)
+    unet = _read_json(path / "unet" / "config.json")
+    model = _model_of_configs(path, unet) if record is None else record.model
+    levels = len(_list(unet, "block_out_channels", path / "unet" / "config.json"))
+    return OnnxFolder(
+        path=path,
+        model=model,
+        multiple_of=model.vae_downsample * 2 ** (levels - 1),
+        text_length=_text_length(path),
+        reference=None if record is None else record.reference,
+        golden=None if record is None else record.golden,
+    )
+
+
+def _read_export_record(path: Path) -> ExportRecord | None:
+    file = path / EXPORT_RECORD_NAME
+    if not file.exists():
+        return None
+    try:
+        record = msgspec.json.decode(file.read_bytes(), type=ExportRecord)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not an export record: {error}", hint=_REEXPORT) from error
+    if record.format_version != EXPORT_FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} is of format {record.format_version}; this sdrt reads {EXPORT_FORMAT_VERSION}", hint=_REEXPORT
+        )
+    return record
+
+
+def _model_of_configs(path: Path, unet: Mapping[str, JsonValue]) -> ModelRecord:
+    """The model record of a folder that another exporter made."""
+    unet_file, vae_file = path / "unet" / "config.json", path / "vae_decoder" / "config.json"
+    scheduler_file = path / "scheduler" / "scheduler_config.json"
+    vae, scheduler = _read_json(vae_file), _read_json(scheduler_file)
+    vae_downsample = 2 ** (len(_list(vae, "block_out_channels", vae_file)) - 1)
+    side = _whole(unet, "sample_size", unet_file) * vae_downsample
+    scaling = vae.get("scaling_factor", 0.18215)  # older configs of Stable Diffusion 1.x do not state it
+    if not isinstance(scaling, int | float):
+        raise CheckpointError(f"{vae_file}: scaling_factor is {scaling!r}, not a number", hint=_REEXPORT)
+    return ModelRecord(
+        name=path.resolve().name,
+        identity=_identity(path),
+        task="text-to-image",
+        latent_channels=_whole(unet, "in_channels", unet_file),
+        vae_downsample=vae_downsample,
+        vae_scaling_factor=float(scaling),
+        prompt_embeds_dim=_whole(unet, "cross_attention_dim", unet_file),
+        default_height=side,
+        default_width=side,
+        scheduler_class=str(scheduler.get("_class_name", "")),
+        scheduler_config=dict(scheduler),
+    )
+
+
+def _identity(path: Path) -> str:
+    """sha256 over the model's configs and graphs. The weights themselves enter the cache keys."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.name in (MODEL_NAME, "config.json", "scheduler_config.json"):
+            digest.update(file.relative_to(path).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _text_length(path: Path) -> int:
+    file = path / "text_encoder" / "config.json"
+    if not file.exists():
+        return 77
+    return _whole(_read_json(file), "max_position_embeddings", file)
+
+
+def _read_json(file: Path) -> dict[str, JsonValue]:
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}", hint=_REEXPORT) from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}", hint=_REEXPORT) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object", hint=_REEXPORT)
+    return content
+
+
+def _list(config: Mapping[str, JsonValue], name: str, file: Path) -> list[JsonValue]:
+    value = config.get(name)
+    if not isinstance(value, list) or not value:
+        raise CheckpointError(f"{file}: {name} is {value!r}, not a list", hint=_REEXPORT)
+    return value
+
+
+def _whole(config: Mapping[str, JsonValue], name: str, file: Path) -> int:
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{file}: {name} is {value!r}, not a positive whole number", hint=_REEXPORT)
+    return value

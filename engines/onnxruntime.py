@@ -1,0 +1,43 @@
+"""Engines for ONNX Runtime on the CPU: the ONNX files themselves, made complete and checked to load."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdrt.bundle import BackendName, Precision
+from sdrt.engines.base import ComponentSource
+from sdrt.engines.onnx_files import MODEL_NAME, external_files, load_graph, place_file
+from sdrt.errors import BackendError
+
+
+class OnnxRuntimeBuilder:
+    """Builds for the CPU execution provider, which computes in float32 only."""
+
+    name: BackendName = "onnxruntime"
+    device = "cpu"
+    precisions: tuple[Precision, ...] = ("fp32",)
+
+    @property
+    def version(self) -> str:
+        """ONNX Runtime's version."""
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise BackendError(
+                "ONNX Runtime is not installed", hint="install it with: pip install 'sdrt[onnxruntime]'"
+            ) from error
+        return str(onnxruntime.__version__)
+
+    def features(self, precision: Precision) -> tuple[str, ...]:
+        """float32 engines run on any CPU."""
+        return ()
+
+    def build(self, source: ComponentSource, precision: Precision, folder: Path) -> Sequence[str]:
+        """Write model.onnx and its weights as real files; see `EngineBuilder.build`."""
+        place_file(source.onnx_path, folder / MODEL_NAME)
+        names = [MODEL_NAME]
+        for weights in external_files(load_graph(source.onnx_path), source.onnx_path):
+            relative = weights.relative_to(source.onnx_path.parent)
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            place_file(weights, folder / relative)
+            names.append(relative.as_posix())
+        return tuple(names)

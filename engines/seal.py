@@ -1,0 +1,173 @@
+"""Sealing: every engine and the whole image measured against the reference, through the runner that will serve them."""
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sdrt.bundle import Bundle, ParityRecord, Precision
+from sdrt.engines.step_graph import PROMPT_EMBEDS, SAMPLE, TIMESTEP
+from sdrt.errors import BuildError, ParityError
+from sdrt.exported import GoldenRequest
+from sdrt.pipeline import Pipeline
+from sdrt.request import Request
+from sdrt.runners.base import STEP, TEXT_ENCODER, Array, FloatArray, Runner
+
+# Largest error relative to the largest value.
+FLOAT32_BOUND = 2e-4
+BF16_BOUND = 5e-2
+IMAGE_LEVELS = 1  # of 255, in float32
+IMAGE_PSNR_DB = 35.0  # in bf16
+_DAMAGED = "export the checkpoint again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenResult:
+    """What a component must make of given inputs."""
+
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, FloatArray]
+
+
+def read_golden(path: Path) -> GoldenResult:
+    """Read "input.<name>" and "output.<name>" arrays. BuildError: not there, damaged, or without outputs."""
+    arrays = _read_arrays(path)
+    inputs = {name.removeprefix("input."): array for name, array in arrays.items() if name.startswith("input.")}
+    outputs = {
+        name.removeprefix("output."): array.astype(np.float32)
+        for name, array in arrays.items()
+        if name.startswith("output.")
+    }
+    if not inputs or not outputs:
+        raise BuildError(f"{path} holds no golden inputs or outputs", hint=_DAMAGED)
+    return GoldenResult(inputs=inputs, outputs=outputs)
+
+
+def read_golden_image(path: Path) -> npt.NDArray[np.uint8]:
+    """The reference image, uint8 [H, W, 3]. BuildError: not there or damaged."""
+    image = _read_arrays(path).get("image")
+    if image is None or image.dtype != np.uint8 or image.ndim != 3:
+        raise BuildError(f"{path} holds no image", hint=_DAMAGED)
+    return image.astype(np.uint8, copy=False)
+
+
+def check_component(
+    runner: Runner, name: str, golden: GoldenResult, *, precision: Precision, slots: int, max_batch: int
+) -> ParityRecord:
+    """Run one component on its golden inputs, up to `max_batch` samples at once.
+
+    ParityError: too far from the golden outputs. BuildError: the golden outputs are not those of the component.
+    """
+    count = len(next(iter(golden.inputs.values())))
+    worst = 0.0
+    for start in range(0, count, max_batch):
+        part = slice(start, start + max_batch)
+        inputs = {key: array[part] for key, array in golden.inputs.items()}
+        expected = {key: array[part] for key, array in golden.outputs.items()}
+        if name == STEP:
+            measured = {key: _evaluate_network(runner, inputs, slots) for key in expected}
+        else:
+            measured = runner.run(name, inputs)
+        if unknown := sorted(expected.keys() - measured.keys()):
+            raise BuildError(f"{name} has no output {', '.join(unknown)}, but its golden results do", hint=_DAMAGED)
+        worst = max(worst, *(max_relative(measured[key], array) for key, array in expected.items()))
+    bound = FLOAT32_BOUND if precision == "fp32" or name == TEXT_ENCODER else BF16_BOUND
+    if not worst <= bound:
+        raise ParityError(
+            f"{name} is off by {worst:.2e} of the largest value, more than {bound:.0e}", hint=_advice(precision)
+        )
+    return ParityRecord(metric="max_relative", measured=worst, bound=bound)
+
+
+def check_image(
+    bundle: Bundle, runner: Runner, request: GoldenRequest, image: npt.NDArray[np.uint8], *, precision: Precision
+) -> ParityRecord:
+    """Make the golden request's image with the runtime. ParityError: too far from `image`, uint8 [H, W, 3]."""
+    made = make_image(bundle, runner, request)
+    if made.shape != image.shape:
+        raise ParityError(f"the image has the shape {made.shape}, the reference {image.shape}", hint=_DAMAGED)
+    difference = np.abs(made.astype(np.float64) - image) / 255
+    if precision == "fp32":
+        largest = float(difference.max())
+        record = ParityRecord(metric="max_absolute", measured=largest, bound=IMAGE_LEVELS / 255)
+        if not largest <= record.bound:
+            raise ParityError(
+                f"a pixel of the golden image is off by {largest * 255:.0f}/255, more than {IMAGE_LEVELS}/255",
+                hint=_advice(precision),
+            )
+        return record
+    psnr = psnr_db(difference)
+    if not psnr >= IMAGE_PSNR_DB:
+        raise ParityError(
+            f"the golden image has {psnr:.1f} dB PSNR, less than {IMAGE_PSNR_DB:.0f} dB", hint=_advice(precision)
+        )
+    return ParityRecord(metric="psnr_db", measured=psnr, bound=IMAGE_PSNR_DB)
+
+
+def max_relative(measured: FloatArray, expected: FloatArray) -> float:
+    """Largest error over the largest expected value; infinite where the shapes differ or something is not finite."""
+    if measured.shape != expected.shape or not (np.isfinite(measured).all() and np.isfinite(expected).all()):
+        return float("inf")
+    scale = float(np.abs(expected).max(initial=0.0))
+    error = float(np.abs(measured.astype(np.float64) - expected).max(initial=0.0))
+    if scale == 0.0:
+        return 0.0 if error == 0.0 else float("inf")
+    return error / scale
+
+
+def psnr_db(difference: npt.NDArray[np.float64]) -> float:
+    """Peak signal to noise of differences of values in [0, 1]; 100 dB stands for equal."""
+    return float(min(100.0, -10 * np.log10(max(np.mean(difference**2), 1e-10))))
+
+
+def _evaluate_network(runner: Runner, inputs: Mapping[str, Array], slots: int) -> FloatArray:
+    """The network's own output, through the step graph: each request's transition takes it over into its first slot."""
+    sample = np.asarray(inputs[SAMPLE], np.float32)
+    count = len(sample)
+    state = np.zeros((count, slots, *sample.shape[1:]), np.float32)
+    state[:, 0] = sample
+    transition = np.zeros((count, slots, slots + 2), np.float32)
+    transition[:, 0, slots] = 1
+    feeds: dict[str, Array] = {
+        "state": state,
+        "input_scale": np.ones(count, np.float32),
+        "lane_request": np.arange(count),
+        "timestep": np.asarray(inputs[TIMESTEP], np.float32).reshape(-1),
+        "prompt_embeds": np.asarray(inputs[PROMPT_EMBEDS], np.float32),
+        "guidance": np.eye(count, dtype=np.float32),
+        "transition": transition,
+        "noise": np.zeros_like(sample),
+    }
+    return runner.run(STEP, feeds)["next_state"][:, 0]
+
+
+def make_image(bundle: Bundle, runner: Runner, request: GoldenRequest) -> npt.NDArray[np.uint8]:
+    """The golden request's image as this runtime makes it, uint8 [H, W, 3]."""
+    result = Pipeline(bundle, runner).generate(
+        Request(
+            prompt=request.prompt,
+            seed=request.seed,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            height=request.height,
+            width=request.width,
+        )
+    )
+    return np.asarray(result.images[0], np.uint8)
+
+
+def _read_arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise BuildError(f"{path} cannot be read: {error}", hint=_DAMAGED) from error
+
+
+def _advice(precision: Precision) -> str:
+    if precision == "fp32":
+        return "nothing was sealed; export the checkpoint again, or try the other --backend"
+    return "nothing was sealed; build it with --precision fp32"

@@ -1,0 +1,259 @@
+"""What is this folder? Recognising a Stable Diffusion checkpoint, and refusing what cannot be exported."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sdrt.bundle import ModelRecord
+from sdrt.cache import Store, cache_key
+from sdrt.errors import CheckpointError
+
+COMPONENT_CLASSES: Mapping[str, str] = {
+    "text_encoder": "CLIPTextModel",
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+}
+SUPPORTED_PIPELINES = ("StableDiffusionPipeline",)
+_KNOWN_PIPELINES: Mapping[str, str] = {
+    "StableDiffusionXLPipeline": "Stable Diffusion XL",
+    "StableDiffusionInpaintPipeline": "an inpainting model",
+    "StableDiffusionUpscalePipeline": "an x4 upscaler",
+    "StableDiffusionDepth2ImgPipeline": "a depth-to-image model",
+    "StableDiffusionInstructPix2PixPipeline": "an InstructPix2Pix model",
+    "StableDiffusion3Pipeline": "Stable Diffusion 3",
+    "FluxPipeline": "Flux",
+}
+# UNet options that change its inputs, with the value that leaves them as Stable Diffusion 1.x and 2.x have them.
+_UNET_DEFAULTS: Mapping[str, object] = {
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "addition_embed_type": None,
+    "encoder_hid_dim": None,
+    "time_cond_proj_dim": None,
+    "center_input_sample": False,
+}
+_SUPPORTED = "sdrt exports text-to-image models of the Stable Diffusion 1.x and 2.x layout"
+_LARGEST_HEADER_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checked diffusers folder.
+
+    configs: component → its config.json. weights: component → its safetensors files. variant: the infix of the
+    weights' names ("fp16"), where the folder holds only that.
+    """
+
+    path: Path
+    configs: Mapping[str, Mapping[str, Any]]
+    weights: Mapping[str, tuple[Path, ...]]
+    variant: Mapping[str, str | None]
+    scheduler_class: str
+    scheduler_config: Mapping[str, Any]
+
+    @property
+    def size_bytes(self) -> int:
+        """The weights' size on disk."""
+        return sum(path.stat().st_size for paths in self.weights.values() for path in paths)
+
+    @property
+    def vae_downsample(self) -> int:
+        """Pixels per latent on one side."""
+        return int(2 ** (len(self.configs["vae"]["block_out_channels"]) - 1))
+
+    @property
+    def size_multiple(self) -> int:
+        """The grid in pixels that the UNet's down- and upsampling maps onto itself."""
+        return int(self.vae_downsample * 2 ** (len(self.configs["unet"]["block_out_channels"]) - 1))
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model was trained for."""
+        sample = self.configs["unet"].get("sample_size", 64)
+        height, width = sample if isinstance(sample, list) else (sample, sample)
+        return height * self.vae_downsample, width * self.vae_downsample
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Recognise and check a diffusers folder. Raises CheckpointError with what is wrong and what to do."""
+    if not path.is_dir():
+        if path.is_file():
+            hint = "convert a single file to a diffusers folder first (diffusers' from_single_file and save_pretrained)"
+            raise CheckpointError(f"{path} is a file, not a diffusers folder", hint=hint)
+        raise CheckpointError(f"there is no checkpoint at {path}", hint="check the path; it must be a diffusers folder")
+    index = _read_json(path / "model_index.json")
+    _check_pipeline(path, index)
+    configs = {name: _read_json(_component_folder(path, name) / "config.json") for name in COMPONENT_CLASSES}
+    located = {name: _locate_weights(_component_folder(path, name)) for name in COMPONENT_CLASSES}
+    scheduler = _read_json(_component_folder(path, "scheduler") / "scheduler_config.json")
+    checkpoint = Checkpoint(
+        path=path,
+        configs=configs,
+        weights={name: files for name, (files, _) in located.items()},
+        variant={name: variant for name, (_, variant) in located.items()},
+        scheduler_class=str(scheduler.get("_class_name", index["scheduler"][1])),
+        scheduler_config=scheduler,
+    )
+    _check_tokenizer(path)
+    _check_unet(checkpoint)
+    return checkpoint
+
+
+def component_hashes(checkpoint: Checkpoint, component: str, store: Store) -> dict[str, str]:
+    """File name → sha256 of a component's config and weights."""
+    files = (checkpoint.path / component / "config.json", *checkpoint.weights[component])
+    return {path.name: store.sha256(path) for path in files}
+
+
+def identity_of(checkpoint: Checkpoint, store: Store) -> str:
+    """One sha256 over everything that decides the model's images."""
+    folders = ("tokenizer", "scheduler")
+    files = [path for folder in folders for path in sorted((checkpoint.path / folder).rglob("*")) if path.is_file()]
+    others = {path.relative_to(checkpoint.path).as_posix(): store.sha256(path) for path in files}
+    hashes = {name: dict(component_hashes(checkpoint, name, store)) for name in COMPONENT_CLASSES}
+    return cache_key(components=hashes, others=dict(others))  # type: ignore[arg-type]  (JSON values, invariant dict)
+
+
+def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
+    """What the runtime has to know of this checkpoint."""
+    height, width = checkpoint.default_size
+    return ModelRecord(
+        name=checkpoint.path.resolve().name,
+        identity=identity_of(checkpoint, store),
+        task="text-to-image",
+        latent_channels=int(checkpoint.configs["vae"]["latent_channels"]),
+        vae_downsample=checkpoint.vae_downsample,
+        size_multiple=checkpoint.size_multiple,
+        vae_scaling_factor=float(checkpoint.configs["vae"].get("scaling_factor", 0.18215)),
+        prompt_embeds_dim=int(checkpoint.configs["unet"]["cross_attention_dim"]),
+        text_length=int(checkpoint.configs["text_encoder"].get("max_position_embeddings", 77)),
+        default_height=height,
+        default_width=width,
+        scheduler_class=checkpoint.scheduler_class,
+        scheduler_config=dict(checkpoint.scheduler_config),
+    )
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise CheckpointError unless the file is a whole safetensors file (header and length agree)."""
+    size = path.stat().st_size
+    download = "download or copy it again"
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > min(size, _LARGEST_HEADER_BYTES):
+            raise CheckpointError(f"{path} is not a safetensors file, or was cut off in its header", hint=download)
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{path} has a damaged safetensors header: {error}", hint=download) from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise CheckpointError(f"{path} has {size} bytes; its header says {expected}", hint=download)
+
+
+def _check_pipeline(path: Path, index: Mapping[str, Any]) -> None:
+    kind = index.get("_class_name")
+    if kind not in SUPPORTED_PIPELINES:
+        described = f" ({_KNOWN_PIPELINES[kind]})" if kind in _KNOWN_PIPELINES else ""
+        raise CheckpointError(f"{path} is a {kind}{described}", hint=_SUPPORTED)
+    for component in (*COMPONENT_CLASSES, "tokenizer", "scheduler"):
+        entry = index.get(component)
+        if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
+            hint = "download the whole checkpoint again"
+            raise CheckpointError(f"{path / 'model_index.json'} names no {component}", hint=hint)
+        if component in COMPONENT_CLASSES and entry[1] != COMPONENT_CLASSES[component]:
+            raise CheckpointError(
+                f"the {component} of {path} is a {entry[1]}, not a {COMPONENT_CLASSES[component]}", hint=_SUPPORTED
+            )
+
+
+def _check_tokenizer(path: Path) -> None:
+    folder = _component_folder(path, "tokenizer")
+    kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    if not any(all((folder / name).is_file() for name in kind) for kind in kinds):
+        hint = "download the tokenizer folder again: tokenizer.json, or vocab.json and merges.txt"
+        raise CheckpointError(f"{folder} holds no tokenizer", hint=hint)
+
+
+def _check_unet(checkpoint: Checkpoint) -> None:
+    unet, vae = checkpoint.configs["unet"], checkpoint.configs["vae"]
+    latent, channels = vae.get("latent_channels"), unet.get("in_channels")
+    if channels != latent:
+        kinds = {9: "inpainting", 8: "image editing", 7: "an x4 upscaler", 5: "depth-to-image"}
+        described = f", as for {kinds[channels]}" if channels in kinds else ""
+        raise CheckpointError(
+            f"the UNet of {checkpoint.path} takes {channels} channels{described}; the VAE has {latent}", hint=_SUPPORTED
+        )
+    for option, plain in _UNET_DEFAULTS.items():
+        if unet.get(option, plain) != plain:
+            raise CheckpointError(
+                f"the UNet of {checkpoint.path} has {option} = {unet[option]!r}, which sdrt does not export",
+                hint=_SUPPORTED,
+            )
+
+
+def _component_folder(path: Path, name: str) -> Path:
+    folder = path / name
+    if not folder.is_dir():
+        raise CheckpointError(f"{path} has no {name} folder", hint="download the whole checkpoint again")
+    return folder
+
+
+def _locate_weights(folder: Path) -> tuple[tuple[Path, ...], str | None]:
+    partial = [path.name for path in folder.iterdir() if path.name.endswith((".incomplete", ".part", ".partial"))]
+    if partial:
+        raise CheckpointError(f"{folder / partial[0]} is a half-finished download", hint="finish the download")
+    for variant in (None, "fp16", "bf16", "fp32", "non_ema"):
+        files = _weights_of_variant(folder, variant)
+        if files:
+            for path in files:
+                check_safetensors(path)
+            return files, variant
+    if any(path.suffix in (".bin", ".ckpt", ".pt", ".pth") for path in folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} holds only pickled weights, which can run code when loaded",
+            hint="convert them first: load with diffusers and save_pretrained(..., safe_serialization=True)",
+        )
+    raise CheckpointError(f"{folder} holds no safetensors weights", hint="download the whole checkpoint again")
+
+
+def _weights_of_variant(folder: Path, variant: str | None) -> tuple[Path, ...]:
+    infix = "" if variant is None else f".{variant}"
+    for stem in ("diffusion_pytorch_model", "model"):
+        single = folder / f"{stem}{infix}.safetensors"
+        if single.is_file():
+            return (single,)
+        index = folder / f"{stem}.safetensors.index{infix}.json"
+        if index.is_file():
+            return tuple(_shards(folder, _read_json(index)))
+    return ()
+
+
+def _shards(folder: Path, index: Mapping[str, Any]) -> Iterator[Path]:
+    for name in sorted(set(index["weight_map"].values())):
+        pure = PurePosixPath(name)
+        if pure.name != name or os.sep in name or "\\" in name or "\0" in name:
+            raise CheckpointError(
+                f"the weight index of {folder} names {name!r}, outside it", hint="do not use this file"
+            )
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing", hint="download the whole checkpoint again")
+        yield folder / name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        hint = "name a whole diffusers folder: model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/"
+        raise CheckpointError(f"{path} is missing", hint=hint) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}", hint="download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object", hint="download it again")
+    return content

@@ -1,0 +1,223 @@
+"""What has to be traced: each component as a module with tensors in and one tensor out, and its example inputs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim
+
+from sdrt.export.checkpoint import COMPONENT_CLASSES, Checkpoint
+
+MAX_BATCH = 63  # torch.export specialises a traced batch at 64
+MAX_LATENT_SIDE = 1024
+
+
+class TextEncoder(nn.Module):
+    """input_ids int64 [B, L] → last_hidden_state float32 [B, L, d], after the final layer norm."""
+
+    def __init__(self, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = text_encoder
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The hidden states that condition the UNet."""
+        hidden: torch.Tensor = self.wrapped(input_ids=input_ids).last_hidden_state
+        return hidden
+
+
+class UNet(nn.Module):
+    """sample [B, C, h, w], timestep float32 [B], encoder_hidden_states [B, L, d] → out_sample [B, C, h, w]."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = unet
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """The model's prediction; `timestep` may have fractions."""
+        out: torch.Tensor = self.wrapped(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+        return out
+
+
+class VaeDecoder(nn.Module):
+    """latent_sample [B, C, h, w], already divided by the scaling factor → sample [B, 3, H, W]."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = vae
+
+    def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
+        """Pixels in about [-1, 1]."""
+        out: torch.Tensor = self.wrapped.decode(latent_sample, return_dict=False)[0]
+        return out
+
+
+class VaeEncoder(nn.Module):
+    """sample [B, 3, H, W] in [-1, 1] → latent_parameters [B, 2C, h, w], mean and log-variance."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = vae
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """The parameters of the latents' distribution, not yet scaled."""
+        out: torch.Tensor = self.wrapped.encode(sample, return_dict=False)[0].parameters
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentSpec:
+    """How one component is loaded, traced and checked.
+
+    examples: (batch, latent side or token count) → inputs by name, seeded. dynamic: input → axis → Dim.
+    traced_with and checked_with are (batch, height, width) in units of `examples`.
+    """
+
+    name: str
+    source: str  # the checkpoint's folder
+    output: str
+    build: Callable[[Checkpoint], nn.Module]
+    examples: Callable[[Checkpoint, tuple[int, int, int]], dict[str, torch.Tensor]]
+    dynamic: Callable[[Checkpoint], dict[str, Any]]
+    traced_with: tuple[int, int, int]
+    checked_with: tuple[tuple[int, int, int], ...]
+
+
+def _load_text_encoder(checkpoint: Checkpoint) -> nn.Module:
+    from transformers import CLIPTextModel
+
+    model = CLIPTextModel.from_pretrained(
+        checkpoint.path / "text_encoder",
+        dtype=torch.float32,
+        variant=checkpoint.variant["text_encoder"],
+        use_safetensors=True,
+        attn_implementation="eager",
+    )
+    return TextEncoder(model.eval())
+
+
+def load_component(checkpoint: Checkpoint, folder: str) -> nn.Module:
+    """The checkpoint's UNet or VAE in float32, as diffusers makes it."""
+    import diffusers
+
+    model: nn.Module = getattr(diffusers, COMPONENT_CLASSES[folder]).from_pretrained(
+        checkpoint.path / folder,
+        torch_dtype=torch.float32,
+        variant=checkpoint.variant[folder],
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    return model.eval()
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(0)
+
+
+def _text_examples(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    batch, length, _ = shape
+    limit = int(checkpoint.configs["text_encoder"]["vocab_size"])
+    return {"input_ids": torch.randint(0, limit, (batch, length), generator=_generator())}
+
+
+def _unet_examples(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    batch, height, width = shape
+    config, generator = checkpoint.configs["unet"], _generator()
+    grid = checkpoint.size_multiple // checkpoint.vae_downsample
+    return {
+        "sample": torch.randn((batch, config["in_channels"], height * grid, width * grid), generator=generator),
+        # Fractions, as Karras sigmas have them, and one lane's timestep differs from the next one's.
+        "timestep": torch.linspace(981.37, 1.5, batch),
+        "encoder_hidden_states": torch.randn(
+            (batch, 77 + 2 * (width - height), config["cross_attention_dim"]), generator=generator
+        ),
+    }
+
+
+def _latent_examples(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    batch, height, width = shape
+    channels = int(checkpoint.configs["vae"]["latent_channels"])
+    return {"latent_sample": torch.randn((batch, channels, 8 * height, 8 * width), generator=_generator())}
+
+
+def _image_examples(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    batch, height, width = shape
+    factor = 8 * checkpoint.vae_downsample
+    return {"sample": torch.rand((batch, 3, height * factor, width * factor), generator=_generator()) * 2 - 1}
+
+
+def _text_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
+    limit = int(checkpoint.configs["text_encoder"].get("max_position_embeddings", 77))
+    return {"input_ids": {0: Dim("batch", min=1, max=MAX_BATCH), 1: Dim("sequence", min=2, max=limit)}}
+
+
+def _unet_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
+    grid = checkpoint.size_multiple // checkpoint.vae_downsample
+    batch = Dim("batch", min=1, max=MAX_BATCH)
+    rows, columns = (Dim(name, min=1, max=MAX_LATENT_SIDE // grid) for name in ("rows", "columns"))
+    return {
+        "sample": {0: batch, 2: grid * rows, 3: grid * columns},
+        "timestep": {0: batch},
+        "encoder_hidden_states": {0: batch, 1: Dim("sequence", min=2, max=4096)},
+    }
+
+
+def _latent_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
+    sides = {axis: Dim(name, min=2, max=MAX_LATENT_SIDE) for axis, name in ((2, "height"), (3, "width"))}
+    return {"latent_sample": {0: Dim("batch", min=1, max=MAX_BATCH), **sides}}
+
+
+def _image_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
+    factor = checkpoint.vae_downsample
+    rows, columns = (Dim(name, min=2, max=MAX_LATENT_SIDE) for name in ("rows", "columns"))
+    return {"sample": {0: Dim("batch", min=1, max=MAX_BATCH), 2: factor * rows, 3: factor * columns}}
+
+
+COMPONENTS: Mapping[str, ComponentSpec] = {
+    spec.name: spec
+    for spec in (
+        ComponentSpec(
+            name="text_encoder",
+            source="text_encoder",
+            output="last_hidden_state",
+            build=_load_text_encoder,
+            examples=_text_examples,
+            dynamic=_text_dynamic,
+            traced_with=(2, 77, 0),
+            checked_with=((1, 77, 0), (3, 9, 0)),
+        ),
+        ComponentSpec(
+            name="unet",
+            source="unet",
+            output="out_sample",
+            build=lambda checkpoint: UNet(load_component(checkpoint, "unet")),
+            examples=_unet_examples,
+            dynamic=_unet_dynamic,
+            traced_with=(2, 2, 3),
+            checked_with=((1, 1, 2), (3, 2, 1)),
+        ),
+        ComponentSpec(
+            name="vae_decoder",
+            source="vae",
+            output="sample",
+            build=lambda checkpoint: VaeDecoder(load_component(checkpoint, "vae")),
+            examples=_latent_examples,
+            dynamic=_latent_dynamic,
+            traced_with=(2, 2, 3),
+            checked_with=((1, 1, 2), (3, 2, 1)),
+        ),
+        ComponentSpec(
+            name="vae_encoder",
+            source="vae",
+            output="latent_parameters",
+            build=lambda checkpoint: VaeEncoder(load_component(checkpoint, "vae")),
+            examples=_image_examples,
+            dynamic=_image_dynamic,
+            traced_with=(2, 2, 3),
+            checked_with=((1, 1, 2), (3, 2, 1)),
+        ),
+    )
+}
