@@ -1,9 +1,7 @@
 """Building a bundle: engines made or fetched, sealed with parity, and moved into place as a whole."""
 
-import os
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,8 +9,11 @@ from sdrt._version import VERSION
 from sdrt.bundle import (
     FORMAT_VERSION,
     BackendRecord,
-    Bundle,
+    FileRecord,
+    GoldenRecord,
     Manifest,
+    ParityRecord,
+    Precision,
     ShapeProfile,
     record_file,
     write_manifest,
@@ -20,11 +21,150 @@ from sdrt.bundle import (
 from sdrt.cache import Store
 from sdrt.engines.base import ComponentSource, EngineBuilder
 from sdrt.engines.components import BuiltComponent, make_component
-from sdrt.engines.evidence import Evidence, gather_evidence
+from sdrt.engines.evidence import Evidence, Subject, gather_evidence, golden_record
 from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder, read_onnx_folder
 from sdrt.engines.precision import choose_builder, choose_precision
 from sdrt.engines.profile import parse_profile
-from sdrt.errors import Cancelled, OutputError
+from sdrt.errors import Cancelled
 from sdrt.files import check_writable, refuse_existing, staged_directory
 from sdrt.plan.rows import MAX_STATE_SLOTS
 from sdrt.progress import Progress
+
+LANES_PER_IMAGE = 2  # with and without the prompt: classifier-free guidance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """How to build: the options of `sdrt build`. `sizes=None` means around the model's own size."""
+
+    backend: str = "auto"
+    precision: str = "auto"
+    sizes: str | None = None
+    batch: str = "1..4"
+    threads: int | None = None
+    overwrite: bool = False
+
+
+def build_bundle(onnx_folder: Path, out: Path, options: BuildOptions, progress: Progress) -> Manifest:
+    """Build and seal a bundle at `out` from an ONNX folder; returns its manifest.
+
+    Nothing is left at `out` unless every engine and the golden image pass parity. Finished engines stay in the
+    cache, so a build that was stopped goes on where it was.
+    RequestError: impossible options. CheckpointError: not an ONNX folder. BuildError: an engine cannot be built.
+    ParityError: an engine is wrong. OutputError: `out` exists or cannot be written. Cancelled: Ctrl-C.
+    """
+    try:
+        return _build(onnx_folder, out, options, progress)
+    except KeyboardInterrupt:
+        raise Cancelled(
+            "the build was cancelled", hint="run the command again: finished engines are kept in the cache"
+        ) from None
+
+
+def _build(onnx_folder: Path, out: Path, options: BuildOptions, progress: Progress) -> Manifest:
+    refuse_existing(out, overwrite=options.overwrite)
+    builder = choose_builder(options.backend)
+    precision = choose_precision(options.precision, builder)
+    folder = read_onnx_folder(onnx_folder)
+    profile = parse_profile(
+        options.sizes,
+        options.batch,
+        default=(folder.model.default_height, folder.model.default_width),
+        multiple_of=folder.multiple_of,
+        text_length=folder.text_length,
+    )
+    check_writable(out)
+    sources = [_source(name, folder, profile) for name in FOLDER_OF]
+    store = Store()
+    with staged_directory(out, overwrite=options.overwrite) as staged:
+        components = _make_components(builder, sources, precision, staged, store, progress)
+        manifest = _unsealed(folder, builder, precision, profile, components, _copy_tokenizer(folder, staged))
+        subject = Subject(folder=folder, sources=sources, components=components, staged=staged, manifest=manifest)
+        evidence = gather_evidence(subject, store, options.threads, progress)
+        manifest = _sealed(manifest, evidence, staged)
+        write_manifest(staged, manifest)
+    return manifest
+
+
+def _source(name: str, folder: OnnxFolder, profile: ShapeProfile) -> ComponentSource:
+    return ComponentSource(
+        name=name,
+        onnx_path=folder.onnx_path(name),
+        profile=profile,
+        max_lanes=profile.max_batch * LANES_PER_IMAGE,
+        state_slots=MAX_STATE_SLOTS,
+        latent_channels=folder.model.latent_channels,
+        prompt_embeds_dim=folder.model.prompt_embeds_dim,
+        vae_downsample=folder.model.vae_downsample,
+    )
+
+
+def _make_components(
+    builder: EngineBuilder,
+    sources: Sequence[ComponentSource],
+    precision: Precision,
+    staged: Path,
+    store: Store,
+    progress: Progress,
+) -> list[BuiltComponent]:
+    components = []
+    for done, source in enumerate(sources):
+        progress(f"engine {source.name}", done, len(sources))
+        components.append(make_component(builder, source, precision, staged, store))
+    progress("engines", len(sources), len(sources))
+    return components
+
+
+def _copy_tokenizer(folder: OnnxFolder, staged: Path) -> tuple[FileRecord, ...]:
+    target = staged / "tokenizer"
+    target.mkdir()
+    for file in folder.tokenizer_files():
+        shutil.copyfile(file, target / file.name)
+    return tuple(record_file(staged, target / file.name) for file in folder.tokenizer_files())
+
+
+def _unsealed(
+    folder: OnnxFolder,
+    builder: EngineBuilder,
+    precision: Precision,
+    profile: ShapeProfile,
+    components: Sequence[BuiltComponent],
+    tokenizer: tuple[FileRecord, ...],
+) -> Manifest:
+    """The manifest before anything was measured. It is never written: its bounds cannot be met."""
+    unmeasured = ParityRecord(metric="max_absolute", measured=float("inf"), bound=0.0)
+    nothing = GoldenRecord(
+        reference="",
+        prompt="",
+        seed=0,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        height=0,
+        width=0,
+        file=FileRecord(path="", sha256="", size_bytes=0),
+        parity=unmeasured,
+    )
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        sdrt_version=VERSION,
+        model=folder.model,
+        backend=BackendRecord(
+            name=builder.name,
+            version=builder.version,
+            device=builder.device,
+            features=builder.features(precision),
+        ),
+        precision=precision,
+        state_slots=MAX_STATE_SLOTS,
+        profile=profile,
+        components=tuple(component.record for component in components),
+        tokenizer=tokenizer,
+        golden=nothing,
+    )
+
+
+def _sealed(manifest: Manifest, evidence: Evidence, staged: Path) -> Manifest:
+    components = tuple(
+        replace(component, parity=evidence.components[component.name]) for component in manifest.components
+    )
+    return replace(manifest, components=components, golden=golden_record(evidence, staged))

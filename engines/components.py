@@ -1,6 +1,7 @@
 """Making one component's engine, or finding it in the cache: everything that enters it is in its key."""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +27,6 @@ class BuiltComponent:
 
     record: ComponentRecord
     key: str
-    from_cache: bool
 
 
 class _Kept(msgspec.Struct, forbid_unknown_fields=True):
@@ -49,21 +49,18 @@ def make_component(
     model = load_graph(source.onnx_path)
     weights = external_files(model, source.onnx_path)
     key = _component_key(builder, source, precision, [source.onnx_path, *weights], store)
-    from_cache = store.fetch(key, folder)
-    if not from_cache:
-        kept = _build(builder, source, precision, folder, model, weights)
+    if not store.fetch(key, folder):
+        built = build_component(builder, source, precision, staged)
+        kept = _Kept(files=built.files, inputs=built.inputs, outputs=built.outputs)
         (folder / _RECORD_NAME).write_bytes(msgspec.json.encode(kept))
         store.keep(key, folder)
     kept = msgspec.json.decode((folder / _RECORD_NAME).read_bytes(), type=_Kept)
     (folder / _RECORD_NAME).unlink()
-    record = ComponentRecord(
-        name=source.name, files=kept.files, inputs=kept.inputs, outputs=kept.outputs, parity=_UNMEASURED
-    )
-    return BuiltComponent(record=record, key=key, from_cache=from_cache)
+    return BuiltComponent(record=_record(source.name, kept.files, kept.inputs, kept.outputs), key=key)
 
 
 def _component_key(
-    builder: EngineBuilder, source: ComponentSource, precision: Precision, files: list[Path], store: Store
+    builder: EngineBuilder, source: ComponentSource, precision: Precision, files: Sequence[Path], store: Store
 ) -> str:
     settings = msgspec.to_builtins(replace(source, onnx_path=Path(source.onnx_path.name)), enc_hook=str)
     hashes: list[JsonValue] = [[file.name, store.sha256(file)] for file in files]
@@ -82,40 +79,40 @@ def _component_key(
     )
 
 
-def _build(
-    builder: EngineBuilder,
-    source: ComponentSource,
-    precision: Precision,
-    folder: Path,
-    model: onnx.ModelProto,
-    weights: tuple[Path, ...],
-) -> _Kept:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".work.") as work:
+def build_component(
+    builder: EngineBuilder, source: ComponentSource, precision: Precision, staged: Path
+) -> ComponentRecord:
+    """Build the component's engine in the staged bundle; its parity is still to be measured."""
+    folder = staged / ENGINES_FOLDER / source.name
+    folder.mkdir(parents=True, exist_ok=True)
+    model = load_graph(source.onnx_path)
+    with tempfile.TemporaryDirectory(dir=staged, prefix=".work.") as work:
         if source.name == STEP:
+            weights = external_files(model, source.onnx_path)
             model = compose_step_graph(model, source.state_slots)
-            source = replace(source, onnx_path=_place_composed(model, source, weights, Path(work)))
+            source = replace(source, onnx_path=_place_composed(model, source.onnx_path, weights, Path(work)))
         names = builder.build(source, precision, folder)
-    root = folder.parent.parent
-    return _Kept(
-        files=tuple(record_file(root, folder / name) for name in names),
-        inputs=_specs(model.graph.input, {initializer.name for initializer in model.graph.initializer}),
-        outputs=_specs(model.graph.output, set()),
-    )
+    files = tuple(record_file(staged, folder / name) for name in names)
+    weight_names = {initializer.name for initializer in model.graph.initializer}
+    inputs = tuple(_spec(value) for value in model.graph.input if value.name not in weight_names)
+    return _record(source.name, files, inputs, tuple(_spec(value) for value in model.graph.output))
 
 
-def _place_composed(model: onnx.ModelProto, source: ComponentSource, weights: tuple[Path, ...], work: Path) -> Path:
+def _record(
+    name: str, files: tuple[FileRecord, ...], inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> ComponentRecord:
+    return ComponentRecord(name=name, files=files, inputs=inputs, outputs=outputs, parity=_UNMEASURED)
+
+
+def _place_composed(model: onnx.ModelProto, unet_path: Path, weights: Sequence[Path], work: Path) -> Path:
     """Save the composed graph beside the UNet's weights, which are lent, not copied."""
     for file in weights:
-        target = work / file.relative_to(source.onnx_path.parent)
+        target = work / file.relative_to(unet_path.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         lend_file(file, target)
-    path = work / source.onnx_path.name
+    path = work / unet_path.name
     onnx.save(model, path)
     return path
-
-
-def _specs(values: "list[onnx.ValueInfoProto]", weights: set[str]) -> tuple[TensorSpec, ...]:
-    return tuple(_spec(value) for value in values if value.name not in weights)
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

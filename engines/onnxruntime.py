@@ -1,20 +1,27 @@
 """Engines for ONNX Runtime on the CPU: the ONNX files themselves, made complete and checked to load."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from sdrt.bundle import BackendName, Precision
 from sdrt.engines.base import ComponentSource
-from sdrt.engines.onnx_files import MODEL_NAME, external_files, load_graph, place_file
+from sdrt.engines.onnx_files import MODEL_NAME, external_files, lend_file, load_graph, place_file
 from sdrt.errors import BackendError
 
 
+@dataclass(frozen=True, kw_only=True)
 class OnnxRuntimeBuilder:
-    """Builds for the CPU execution provider, which computes in float32 only."""
+    """Builds for the CPU execution provider, which computes in float32 only.
 
-    name: BackendName = "onnxruntime"
-    device = "cpu"
-    precisions: tuple[Precision, ...] = ("fp32",)
+    lend: link the files instead of copying them, for engines that live no longer than the ONNX folder.
+    """
+
+    lend: bool = False
+    name: ClassVar[BackendName] = "onnxruntime"
+    device: ClassVar[str] = "cpu"
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp32",)
 
     @property
     def version(self) -> str:
@@ -33,11 +40,12 @@ class OnnxRuntimeBuilder:
 
     def build(self, source: ComponentSource, precision: Precision, folder: Path) -> Sequence[str]:
         """Write model.onnx and its weights as real files; see `EngineBuilder.build`."""
-        place_file(source.onnx_path, folder / MODEL_NAME)
+        place = lend_file if self.lend else place_file
+        place(source.onnx_path, folder / MODEL_NAME)
         names = [MODEL_NAME]
         for weights in external_files(load_graph(source.onnx_path), source.onnx_path):
             relative = weights.relative_to(source.onnx_path.parent)
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            place_file(weights, folder / relative)
+            place(weights, folder / relative)
             names.append(relative.as_posix())
         return tuple(names)

@@ -1,34 +1,27 @@
 """What a bundle is measured against: the exporter's golden results, else ONNX Runtime in float32 on the given ONNX."""
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sdrt.bundle import Bundle, Manifest, ShapeProfile
-from sdrt.engines.onnx_files import external_files, lend_file, load_graph
+from sdrt.bundle import BackendRecord, Bundle, Manifest, Precision, ShapeProfile
+from sdrt.engines.base import ComponentSource
+from sdrt.engines.components import build_component
 from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder
+from sdrt.engines.onnxruntime import OnnxRuntimeBuilder
+from sdrt.engines.seal import GoldenResult, make_image, read_golden, read_golden_image
 from sdrt.engines.step_graph import PROMPT_EMBEDS, SAMPLE, TIMESTEP
 from sdrt.errors import BackendError, BuildError
 from sdrt.exported import GoldenRequest
-from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array
-from sdrt.engines.seal import GoldenResult, read_golden
+from sdrt.runners import open_runner
+from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, Array
 
-IMAGE_NAME = "image.npz"
-_TIMESTEP = 981.0
-_REQUEST = GoldenRequest(
-    prompt="a red circle on a white background",
-    seed=0,
-    num_inference_steps=4,
-    guidance_scale=5.0,
-    height=0,
-    width=0,
-)
+_TIMESTEP = 981.0  # large and odd: low precision shows here first
+_PROMPT, _SEED, _STEPS, _GUIDANCE_SCALE = "a red circle on a white background", 0, 4, 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,3 +32,127 @@ class Reference:
     request: GoldenRequest
     results: Mapping[str, GoldenResult]
     image: npt.NDArray[np.uint8]
+
+
+def has_own_reference(folder: OnnxFolder, profile: ShapeProfile) -> bool:
+    """Whether the exporter left golden results, for a size that the engines will accept."""
+    return folder.golden is not None and profile.accepts(folder.golden.height, folder.golden.width)
+
+
+def exported_reference(folder: OnnxFolder) -> Reference:
+    """The golden results in the folder. BuildError: they are not there, or damaged."""
+    if folder.golden is None or folder.reference is None:
+        raise BuildError(f"{folder.path} holds no golden results", hint="export the checkpoint again")
+    results = {component: read_golden(folder.golden_path(name)) for component, name in FOLDER_OF.items()}
+    return Reference(
+        description=folder.reference,
+        request=folder.golden,
+        results=results,
+        image=read_golden_image(folder.golden_path("image")),
+    )
+
+
+def onnx_reference(
+    folder: OnnxFolder, sources: Sequence[ComponentSource], manifest: Manifest, work: Path, *, threads: int | None
+) -> Reference:
+    """Run the given ONNX itself, in float32 on ONNX Runtime, for a folder without (suitable) golden results.
+
+    manifest: that of the bundle to be sealed; work: an empty folder. Needs ONNX Runtime (BackendError).
+    """
+    request = _request(folder, manifest.profile)
+    bundle = _reference_bundle(sources, manifest, work)
+    feeds = _component_feeds(folder, request)
+    results = {
+        component: GoldenResult(inputs=inputs, outputs=_evaluate(folder.onnx_path(component), inputs, threads))
+        for component, inputs in feeds.items()
+    }
+    with open_runner(bundle, threads=threads) as runner:
+        image = make_image(bundle, runner, request)
+    version = bundle.manifest.backend.version
+    return Reference(
+        description=f"ONNX Runtime {version}, float32, on the given ONNX", request=request, results=results, image=image
+    )
+
+
+def _request(folder: OnnxFolder, profile: ShapeProfile) -> GoldenRequest:
+    """The golden request, or a stand-in, in a size that the profile accepts: the model's own if possible."""
+    own = (folder.model.default_height, folder.model.default_width)
+    height, width = own if profile.accepts(*own) else (profile.sizes[0] if profile.sizes else profile.minimum)
+    if folder.golden is not None:
+        return replace(folder.golden, height=height, width=width)
+    return GoldenRequest(
+        prompt=_PROMPT,
+        seed=_SEED,
+        num_inference_steps=_STEPS,
+        guidance_scale=_GUIDANCE_SCALE,
+        height=height,
+        width=width,
+    )
+
+
+def _reference_bundle(sources: Sequence[ComponentSource], manifest: Manifest, work: Path) -> Bundle:
+    """The same model as ONNX Runtime engines, whose files are lent from the ONNX folder."""
+    builder = OnnxRuntimeBuilder(lend=True)
+    components = tuple(build_component(builder, source, "fp32", work) for source in sources)
+    backend = BackendRecord(name=builder.name, version=builder.version, device=builder.device, features=())
+    precision: Precision = "fp32"
+    return Bundle(path=work, manifest=replace(manifest, backend=backend, precision=precision, components=components))
+
+
+def _component_feeds(folder: OnnxFolder, request: GoldenRequest) -> dict[str, dict[str, Array]]:
+    random = np.random.default_rng(_SEED)
+    model = folder.model
+    latents = (1, model.latent_channels, request.height // model.vae_downsample, request.width // model.vae_downsample)
+
+    def normal(*shape: int) -> npt.NDArray[np.float32]:
+        return random.standard_normal(shape, np.float32)
+
+    return {
+        TEXT_ENCODER: {"input_ids": random.integers(0, _vocabulary(folder), (1, folder.text_length))},
+        STEP: {
+            SAMPLE: normal(*latents),
+            TIMESTEP: np.array([_TIMESTEP], np.float32),
+            PROMPT_EMBEDS: normal(1, folder.text_length, model.prompt_embeds_dim),
+        },
+        VAE_DECODER: {"latent_sample": normal(*latents)},
+        "vae_encoder": {"sample": normal(1, 3, request.height, request.width).clip(-1, 1)},
+    }
+
+
+def _vocabulary(folder: OnnxFolder) -> int:
+    """How many token ids the text encoder knows."""
+    file = folder.path / "text_encoder" / "config.json"
+    try:
+        size = json.loads(file.read_bytes())["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BuildError(f"{file} does not say vocab_size", hint="export the checkpoint again") from error
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise BuildError(f"{file}: vocab_size is {size!r}", hint="export the checkpoint again")
+    return size
+
+
+def _evaluate(path: Path, inputs: Mapping[str, Array], threads: int | None) -> dict[str, npt.NDArray[np.float32]]:
+    """Run an ONNX file as it is; feeds are cast to the types that it declares."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            "a folder without golden results is checked with ONNX Runtime, which is not installed",
+            hint="install it with: pip install 'sdrt[onnxruntime]'",
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 0 if threads is None else threads
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        feeds = {node.name: inputs[node.name].astype(_numpy_type(node.type)) for node in session.get_inputs()}
+        outputs = session.run(None, feeds)
+    except Exception as error:  # ONNX Runtime raises one class per status code, with no common base
+        raise BuildError(f"ONNX Runtime cannot run {path}: {error}", hint="export the checkpoint again") from error
+    names = [node.name for node in session.get_outputs()]
+    return {name: np.asarray(output, np.float32) for name, output in zip(names, outputs, strict=True)}
+
+
+def _numpy_type(declared: str) -> np.dtype[np.generic]:
+    """The dtype of "tensor(float)" and its like."""
+    name = declared.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32", "double": "float64"}.get(name, name))

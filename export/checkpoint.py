@@ -133,8 +133,14 @@ def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
         default_height=height,
         default_width=width,
         scheduler_class=checkpoint.scheduler_class,
-        scheduler_config=dict(checkpoint.scheduler_config),
+        scheduler_config=_as_the_pipeline_sets_it(checkpoint.scheduler_config),
     )
+
+
+def _as_the_pipeline_sets_it(config: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' StableDiffusionPipeline overrides two scheduler fields of old checkpoints, and so must we."""
+    forced = {"steps_offset": 1, "clip_sample": False}
+    return {**config, **{name: value for name, value in forced.items() if name in config}}
 
 
 def check_safetensors(path: Path) -> None:

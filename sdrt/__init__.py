@@ -1,1 +1,66 @@
-"""sdrt: compiled inference for Stable Diffusion."""
+"""sdrt: compiled inference for Stable Diffusion, without PyTorch at run time.
+
+import sdrt
+
+with sdrt.open("shapes.sdrt") as pipeline:
+    pipeline.generate("a large red circle on a white background", seed=7).images[0].save("circle.png")
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdrt._version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from sdrt.batcher import Batcher, Ticket
+    from sdrt.bundle import Bundle
+    from sdrt.errors import SdrtError
+    from sdrt.pipeline import Pipeline, Result, StepEvent, Timings
+    from sdrt.request import Request
+
+__all__ = [
+    "Batcher",
+    "Bundle",
+    "Pipeline",
+    "Request",
+    "Result",
+    "SdrtError",
+    "StepEvent",
+    "Ticket",
+    "Timings",
+    "__version__",
+    "open",
+]
+
+_HOMES = {
+    "Batcher": "sdrt.batcher",
+    "Ticket": "sdrt.batcher",
+    "Bundle": "sdrt.bundle",
+    "SdrtError": "sdrt.errors",
+    "Pipeline": "sdrt.pipeline",
+    "Result": "sdrt.pipeline",
+    "StepEvent": "sdrt.pipeline",
+    "Timings": "sdrt.pipeline",
+    "Request": "sdrt.request",
+}
+
+
+def open(path: "Path | str", *, threads: int | None = None) -> "Pipeline":
+    """Open a bundle for drawing. Raises BundleError or BackendError."""
+    from sdrt.pipeline import Pipeline
+
+    return Pipeline.open(path, threads=threads)
+
+
+def __getattr__(name: str) -> object:
+    # Importing sdrt loads nothing; a name loads its module when it is first used.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sdrt' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

