@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sdrt.bundle import BackendName, Precision, ShapeProfile
+from sdrt.bundle import BackendName, JsonValue, Precision, ShapeProfile
 
 ENGINES_FOLDER = "engines"
 
@@ -29,7 +29,7 @@ class ComponentSource:
 
 
 class EngineBuilder(Protocol):
-    """Makes the engines of one backend. Building is pure: equal source, precision and `identity` give equal engines."""
+    """Makes the engines of one backend. Equal files, precision, version, features and settings give equal engines."""
 
     @property
     def name(self) -> BackendName:
@@ -53,6 +53,10 @@ class EngineBuilder(Protocol):
 
     def features(self, precision: Precision) -> tuple[str, ...]:
         """The device features that engines of this precision need, as `sdrt.runners` names them."""
+        ...
+
+    def settings(self, source: ComponentSource) -> dict[str, JsonValue]:
+        """Everything about `source` but its files that changes the engine; part of the cache key."""
         ...
 
     def build(self, source: ComponentSource, precision: Precision, folder: Path) -> Sequence[str]:

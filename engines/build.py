@@ -70,8 +70,8 @@ def _build(onnx_folder: Path, out: Path, options: BuildOptions, progress: Progre
         options.sizes,
         options.batch,
         default=(folder.model.default_height, folder.model.default_width),
-        multiple_of=folder.multiple_of,
-        text_length=folder.text_length,
+        multiple_of=folder.model.size_multiple,
+        text_length=folder.model.text_length,
     )
     check_writable(out)
     sources = [_source(name, folder, profile) for name in FOLDER_OF]

@@ -62,7 +62,6 @@ def make_component(
 def _component_key(
     builder: EngineBuilder, source: ComponentSource, precision: Precision, files: Sequence[Path], store: Store
 ) -> str:
-    settings = msgspec.to_builtins(replace(source, onnx_path=Path(source.onnx_path.name)), enc_hook=str)
     hashes: list[JsonValue] = [[file.name, store.sha256(file)] for file in files]
     return cache_key(
         stage="engine",
@@ -74,7 +73,8 @@ def _component_key(
         builders_version=_BUILDERS_VERSION,
         composer_version=COMPOSER_VERSION if source.name == STEP else 0,
         onnx_version=onnx.__version__,
-        source=settings,
+        component=source.name,
+        settings=builder.settings(source),
         files=hashes,
     )
 

@@ -17,7 +17,7 @@ from sdrt.cache import Store, cache_key
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.components import BuiltComponent
 from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder
-from sdrt.engines.reference import Reference, exported_reference, has_own_reference, onnx_reference
+from sdrt.engines.reference import Reference, find_reference, image_is_exported
 from sdrt.engines.seal import check_component, check_image
 from sdrt.exported import GoldenRequest
 from sdrt.progress import Progress
@@ -94,14 +94,8 @@ def _measure(subject: Subject, threads: int | None, progress: Progress) -> Evide
     with open_runner(bundle, threads=threads) as runner:
         for done, (name, golden) in enumerate(reference.results.items()):
             progress("parity", done, total)
-            parities[name] = check_component(
-                runner,
-                name,
-                golden,
-                precision=precision,
-                slots=subject.manifest.state_slots,
-                max_batch=subject.manifest.profile.max_batch,
-            )
+            slots = subject.manifest.state_slots
+            parities[name] = check_component(runner, name, golden, precision=precision, slots=slots)
         progress("parity", total - 1, total)
         image = check_image(bundle, runner, reference.request, reference.image, precision=precision)
         progress("parity", total, total)
@@ -109,10 +103,8 @@ def _measure(subject: Subject, threads: int | None, progress: Progress) -> Evide
 
 
 def _reference(subject: Subject, threads: int | None) -> Reference:
-    if has_own_reference(subject.folder, subject.manifest.profile):
-        return exported_reference(subject.folder)
     with tempfile.TemporaryDirectory(dir=subject.staged, prefix=".reference.") as work:
-        return onnx_reference(subject.folder, subject.sources, subject.manifest, Path(work), threads=threads)
+        return find_reference(subject.folder, subject.sources, subject.manifest, Path(work), threads=threads)
 
 
 def _write_image(reference: Reference, path: Path) -> None:
@@ -123,14 +115,15 @@ def _write_image(reference: Reference, path: Path) -> None:
 
 def _evidence_key(subject: Subject, store: Store) -> str:
     folder, manifest = subject.folder, subject.manifest
-    own = has_own_reference(folder, manifest.profile)
-    golden = [folder.golden_path(name) for name in (*FOLDER_OF.values(), "image")] if own else []
+    golden = [folder.golden_path(name) for name in (*FOLDER_OF.values(), "image")] if folder.golden is not None else []
+    exported = image_is_exported(folder, manifest.profile)
     return cache_key(
         stage="evidence",
         engines=[component.key for component in subject.components],
         model=msgspec.to_builtins(manifest.model),
+        profile=None if exported else msgspec.to_builtins(manifest.profile),
         tokenizer=[record.sha256 for record in manifest.tokenizer],
-        reference=folder.reference if own else f"ONNX Runtime {_onnxruntime_version()}",
+        reference=[folder.reference, None if exported else _onnxruntime_version()],
         request=msgspec.to_builtins(folder.golden),
         golden=[[path.name, store.sha256(path)] for path in golden if path.is_file()],
         runtime=_source_hash(),

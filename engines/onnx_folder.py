@@ -22,14 +22,11 @@ _REEXPORT = "export the checkpoint again, or name the folder that holds model_in
 class OnnxFolder:
     """A model as ONNX components.
 
-    multiple_of: the pixels that a side of an image must be a multiple of; text_length: tokens of a prompt.
     reference and golden: what the exporter's golden results were made with; None if it left none.
     """
 
     path: Path
     model: ModelRecord
-    multiple_of: int
-    text_length: int
     reference: str | None
     golden: GoldenRequest | None
 
@@ -50,18 +47,13 @@ def read_onnx_folder(path: Path) -> OnnxFolder:
     """Read the configs of an ONNX folder. CheckpointError: something is missing, damaged or of an unknown kind."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder", hint="name the folder of an exported model")
-    needed = [*(f"{folder}/{MODEL_NAME}" for folder in FOLDER_OF.values()), "unet/config.json", "tokenizer"]
+    needed = [*(f"{folder}/{MODEL_NAME}" for folder in FOLDER_OF.values()), "tokenizer"]
     if missing := [name for name in needed if not (path / name).exists()]:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}", hint=_REEXPORT)
     record = _read_export_record(path)
-    unet = _read_json(path / "unet" / "config.json")
-    model = _model_of_configs(path, unet) if record is None else record.model
-    levels = len(_list(unet, "block_out_channels", path / "unet" / "config.json"))
     return OnnxFolder(
         path=path,
-        model=model,
-        multiple_of=model.vae_downsample * 2 ** (levels - 1),
-        text_length=_text_length(path),
+        model=_model_of_configs(path) if record is None else record.model,
         reference=None if record is None else record.reference,
         golden=None if record is None else record.golden,
     )
@@ -82,11 +74,12 @@ def _read_export_record(path: Path) -> ExportRecord | None:
     return record
 
 
-def _model_of_configs(path: Path, unet: Mapping[str, JsonValue]) -> ModelRecord:
+def _model_of_configs(path: Path) -> ModelRecord:
     """The model record of a folder that another exporter made."""
     unet_file, vae_file = path / "unet" / "config.json", path / "vae_decoder" / "config.json"
-    scheduler_file = path / "scheduler" / "scheduler_config.json"
-    vae, scheduler = _read_json(vae_file), _read_json(scheduler_file)
+    unet, vae = _read_json(unet_file), _read_json(vae_file)
+    scheduler = _read_json(path / "scheduler" / "scheduler_config.json")
+    levels = len(_list(unet, "block_out_channels", unet_file))
     vae_downsample = 2 ** (len(_list(vae, "block_out_channels", vae_file)) - 1)
     side = _whole(unet, "sample_size", unet_file) * vae_downsample
     scaling = vae.get("scaling_factor", 0.18215)  # older configs of Stable Diffusion 1.x do not state it
@@ -98,8 +91,10 @@ def _model_of_configs(path: Path, unet: Mapping[str, JsonValue]) -> ModelRecord:
         task="text-to-image",
         latent_channels=_whole(unet, "in_channels", unet_file),
         vae_downsample=vae_downsample,
+        size_multiple=vae_downsample * 2 ** (levels - 1),
         vae_scaling_factor=float(scaling),
         prompt_embeds_dim=_whole(unet, "cross_attention_dim", unet_file),
+        text_length=_text_length(path),
         default_height=side,
         default_width=side,
         scheduler_class=str(scheduler.get("_class_name", "")),

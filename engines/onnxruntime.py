@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from sdrt.bundle import BackendName, Precision
+from sdrt.bundle import BackendName, JsonValue, Precision
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.onnx_files import MODEL_NAME, external_files, lend_file, load_graph, place_file
 from sdrt.errors import BackendError
+from sdrt.runners.base import STEP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,10 @@ class OnnxRuntimeBuilder:
     def features(self, precision: Precision) -> tuple[str, ...]:
         """float32 engines run on any CPU."""
         return ()
+
+    def settings(self, source: ComponentSource) -> dict[str, JsonValue]:
+        """Only the step graph is made here, for a number of state slots; see `EngineBuilder.settings`."""
+        return {"state_slots": source.state_slots} if source.name == STEP else {}
 
     def build(self, source: ComponentSource, precision: Precision, folder: Path) -> Sequence[str]:
         """Write model.onnx and its weights as real files; see `EngineBuilder.build`."""

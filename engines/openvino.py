@@ -1,12 +1,13 @@
-"""Engines for OpenVINO: the IR of each component, its dynamic dimensions bounded by the profile, its precision kept."""
+"""Engines for OpenVINO: the IR of each component, with float32 kept where bf16 would lose the image."""
 
+import importlib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from sdrt.bundle import BackendName, Precision
+from sdrt.bundle import BackendName, JsonValue, Precision
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.step_graph import PREFIX, TIMESTEP
 from sdrt.errors import BackendError, BuildError
@@ -21,8 +22,6 @@ WEIGHTS_NAME = "model.bin"
 _KEEP_FLOAT32 = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}
 _NOT_COMPUTED = ("Parameter", "Const", "Result")
 _PERIODIC = ("Sin", "Cos")
-
-Bounds = tuple[int, int]
 
 
 class OpenVinoBuilder:
@@ -44,15 +43,23 @@ class OpenVinoBuilder:
         return ("bf16", "fp32") if native_precision() == "bf16" else ("fp32",)
 
     def features(self, precision: Precision) -> tuple[str, ...]:
-        """float32 engines run anywhere; bf16 ones need the instructions."""
-        return ("avx512_bf16",) if precision == "bf16" else ()
+        """float32 engines run anywhere; bf16 ones need one of the instruction sets that compute in it."""
+        from sdrt.runners.cpu import BF16_FEATURES, cpu_features
+
+        if precision != "bf16":
+            return ()
+        return tuple(sorted(cpu_features().intersection(BF16_FEATURES), reverse=True))[:1]
+
+    def settings(self, source: ComponentSource) -> dict[str, JsonValue]:
+        """The sizes that are fixed in the engines; see `EngineBuilder.settings`."""
+        return {name: list(sizes) for name, sizes in _dimensions(source).items()}
 
     def build(self, source: ComponentSource, precision: Precision, folder: Path) -> Sequence[str]:
         """Write model.xml and model.bin; see `EngineBuilder.build`."""
         openvino = _openvino()
         try:
             model = openvino.Core().read_model(source.onnx_path)
-            _bound_shapes(model, source)
+            _fix_dimensions(model, source)
             kept = _float32_nodes(model, source.name) if precision == "bf16" else set()
             openvino.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
         except RuntimeError as error:
@@ -65,58 +72,51 @@ class OpenVinoBuilder:
         return (MODEL_NAME, WEIGHTS_NAME)
 
 
-def input_bounds(source: ComponentSource) -> Mapping[str, tuple[Bounds, ...]]:
-    """For each input of the component, the smallest and largest size of each dimension.
+def _fix_dimensions(model: "ov.Model", source: ComponentSource) -> None:
+    """Fill in the sizes that the model always has; batch, lanes, height, width and length stay dynamic.
 
-    Only the step is narrowed to the exact sizes of the profile: the VAE also sees tiles, which are smaller.
+    Not bounded by the profile: the CPU plugin would reserve memory for the largest of everything at once.
     """
-    profile, latents = source.profile, _latent_sides(source)
-    requests, lanes, length = (1, profile.max_batch), (1, source.max_lanes), (1, profile.text_length)
-    slots, columns = (source.state_slots,) * 2, (source.state_slots + 2,) * 2
-    channels, embeds = (source.latent_channels,) * 2, (source.prompt_embeds_dim,) * 2
-    if source.name == TEXT_ENCODER:
-        return {"input_ids": (requests, length)}
-    if source.name == VAE_DECODER:
-        return {"latent_sample": (requests, channels, *((1, high) for _, high in latents))}
-    if source.name == VAE_ENCODER:
-        return {"sample": (requests, (3, 3), *((1, high * source.vae_downsample) for _, high in latents))}
-    return {
-        "state": (requests, slots, channels, *latents),
-        "input_scale": (requests,),
-        "lane_request": (lanes,),
-        "timestep": (lanes,),
-        "prompt_embeds": (lanes, length, embeds),
-        "guidance": (requests, lanes),
-        "transition": (requests, slots, columns),
-        "noise": (requests, channels, *latents),
-    }
-
-
-def _latent_sides(source: ComponentSource) -> tuple[Bounds, Bounds]:
-    low, high = source.profile.minimum, source.profile.maximum
-    unit = source.vae_downsample
-    return (low[0] // unit, high[0] // unit), (low[1] // unit, high[1] // unit)
-
-
-def _bound_shapes(model: "ov.Model", source: ComponentSource) -> None:
     openvino = _openvino()
-    bounds = input_bounds(source)
+    expected = _dimensions(source)
     shapes = {}
     for port in model.inputs:
         name, shape = port.get_any_name(), port.get_partial_shape()
-        if name not in bounds:
-            raise BuildError(f"{source.name} has an unknown input {name}", hint=f"it may have: {', '.join(bounds)}")
-        wanted = [openvino.Dimension(*bound) for bound in bounds[name]]
-        fits = len(shape) == len(wanted) and all(
-            own.is_dynamic or own == ours for own, ours in zip(shape, wanted, strict=True)
-        )
-        if not fits:
+        if name not in expected:
+            raise BuildError(f"{source.name} has an unknown input {name}", hint=f"it may have: {', '.join(expected)}")
+        wanted = openvino.PartialShape([-1 if size is None else size for size in expected[name]])
+        if not (shape.compatible(wanted) and _is_dynamic_where(shape, expected[name])):
             raise BuildError(
-                f"the input {name} of {source.name} has the shape {shape}, not {openvino.PartialShape(wanted)}",
+                f"the input {name} of {source.name} has the shape {shape}, where {wanted} is needed",
                 hint="export the checkpoint with dynamic batch, height, width and sequence length",
             )
-        shapes[port] = openvino.PartialShape(wanted)
+        shapes[port] = wanted
     model.reshape(shapes)
+
+
+def _is_dynamic_where(shape: "ov.PartialShape", expected: Sequence[int | None]) -> bool:
+    return all(own.is_dynamic for own, size in zip(shape, expected, strict=True) if size is None)
+
+
+def _dimensions(source: ComponentSource) -> Mapping[str, tuple[int | None, ...]]:
+    """The shape of every input that the component may have, with None for what varies."""
+    slots, channels = source.state_slots, source.latent_channels
+    by_component: Mapping[str, Mapping[str, tuple[int | None, ...]]] = {
+        TEXT_ENCODER: {"input_ids": (None, None)},
+        VAE_DECODER: {"latent_sample": (None, channels, None, None)},
+        VAE_ENCODER: {"sample": (None, 3, None, None)},
+        STEP: {
+            "state": (None, slots, channels, None, None),
+            "input_scale": (None,),
+            "lane_request": (None,),
+            "timestep": (None,),
+            "prompt_embeds": (None, None, source.prompt_embeds_dim),
+            "guidance": (None, None),
+            "transition": (None, slots, slots + 2),
+            "noise": (None, channels, None, None),
+        },
+    }
+    return by_component[source.name]
 
 
 def _float32_nodes(model: "ov.Model", component: str) -> set[str]:
@@ -183,10 +183,9 @@ def _keep_float32(path: Path, names: set[str]) -> None:
 
 def _openvino() -> ModuleType:
     try:
-        import openvino
+        return importlib.import_module("openvino")
     except ImportError as error:
         raise BackendError("OpenVINO is not installed", hint="install it with: pip install openvino") from error
-    return openvino
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from sdrt.engines.step_graph import PROMPT_EMBEDS, SAMPLE, TIMESTEP
 from sdrt.errors import BackendError, BuildError
 from sdrt.exported import GoldenRequest
 from sdrt.runners import open_runner
-from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, Array
+from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array
 
 _TIMESTEP = 981.0  # large and odd: low precision shows here first
 _PROMPT, _SEED, _STEPS, _GUIDANCE_SCALE = "a red circle on a white background", 0, 4, 5.0
@@ -34,48 +34,42 @@ class Reference:
     image: npt.NDArray[np.uint8]
 
 
-def has_own_reference(folder: OnnxFolder, profile: ShapeProfile) -> bool:
-    """Whether the exporter left golden results, for a size that the engines will accept."""
+def image_is_exported(folder: OnnxFolder, profile: ShapeProfile) -> bool:
+    """Whether the exporter left a golden image, and of a size that the engines will accept."""
     return folder.golden is not None and profile.accepts(folder.golden.height, folder.golden.width)
 
 
-def exported_reference(folder: OnnxFolder) -> Reference:
-    """The golden results in the folder. BuildError: they are not there, or damaged."""
-    if folder.golden is None or folder.reference is None:
-        raise BuildError(f"{folder.path} holds no golden results", hint="export the checkpoint again")
-    results = {component: read_golden(folder.golden_path(name)) for component, name in FOLDER_OF.items()}
-    return Reference(
-        description=folder.reference,
-        request=folder.golden,
-        results=results,
-        image=read_golden_image(folder.golden_path("image")),
-    )
-
-
-def onnx_reference(
+def find_reference(
     folder: OnnxFolder, sources: Sequence[ComponentSource], manifest: Manifest, work: Path, *, threads: int | None
 ) -> Reference:
-    """Run the given ONNX itself, in float32 on ONNX Runtime, for a folder without (suitable) golden results.
+    """The exporter's golden results where it left them; for the rest the given ONNX itself is run.
 
-    manifest: that of the bundle to be sealed; work: an empty folder. Needs ONNX Runtime (BackendError).
+    manifest: that of the bundle to be sealed; work: an empty folder, for what is needed only here.
+    BuildError: the golden results or the ONNX files are damaged. BackendError: ONNX Runtime is needed and absent.
     """
     request = _request(folder, manifest.profile)
+    if folder.golden is not None:
+        results = {component: read_golden(folder.golden_path(name)) for component, name in FOLDER_OF.items()}
+    else:
+        results = {
+            component: GoldenResult(inputs=inputs, outputs=_evaluate(folder.onnx_path(component), inputs, threads))
+            for component, inputs in _component_feeds(folder, request).items()
+        }
+    if image_is_exported(folder, manifest.profile):
+        image = read_golden_image(folder.golden_path("image"))
+        return Reference(description=str(folder.reference), request=request, results=results, image=image)
     bundle = _reference_bundle(sources, manifest, work)
-    feeds = _component_feeds(folder, request)
-    results = {
-        component: GoldenResult(inputs=inputs, outputs=_evaluate(folder.onnx_path(component), inputs, threads))
-        for component, inputs in feeds.items()
-    }
     with open_runner(bundle, threads=threads) as runner:
         image = make_image(bundle, runner, request)
-    version = bundle.manifest.backend.version
-    return Reference(
-        description=f"ONNX Runtime {version}, float32, on the given ONNX", request=request, results=results, image=image
-    )
+    own = f"ONNX Runtime {bundle.manifest.backend.version}, float32, on the given ONNX"
+    description = own if folder.reference is None else f"{folder.reference}; the image: {own}"
+    return Reference(description=description, request=request, results=results, image=image)
 
 
 def _request(folder: OnnxFolder, profile: ShapeProfile) -> GoldenRequest:
     """The golden request, or a stand-in, in a size that the profile accepts: the model's own if possible."""
+    if folder.golden is not None and image_is_exported(folder, profile):
+        return folder.golden
     own = (folder.model.default_height, folder.model.default_width)
     height, width = own if profile.accepts(*own) else (profile.sizes[0] if profile.sizes else profile.minimum)
     if folder.golden is not None:
@@ -108,14 +102,14 @@ def _component_feeds(folder: OnnxFolder, request: GoldenRequest) -> dict[str, di
         return random.standard_normal(shape, np.float32)
 
     return {
-        TEXT_ENCODER: {"input_ids": random.integers(0, _vocabulary(folder), (1, folder.text_length))},
+        TEXT_ENCODER: {"input_ids": random.integers(0, _vocabulary(folder), (1, folder.model.text_length))},
         STEP: {
             SAMPLE: normal(*latents),
             TIMESTEP: np.array([_TIMESTEP], np.float32),
-            PROMPT_EMBEDS: normal(1, folder.text_length, model.prompt_embeds_dim),
+            PROMPT_EMBEDS: normal(1, folder.model.text_length, model.prompt_embeds_dim),
         },
         VAE_DECODER: {"latent_sample": normal(*latents)},
-        "vae_encoder": {"sample": normal(1, 3, request.height, request.width).clip(-1, 1)},
+        VAE_ENCODER: {"sample": normal(1, 3, request.height, request.width).clip(-1, 1)},
     }
 
 

@@ -56,7 +56,9 @@ class _Composer:
     def add(self, operator: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
         """Append a node; returns the name of its only output."""
         name = f"{PREFIX}{output.removeprefix(PREFIX)}.{operator}"
-        self.nodes.append(helper.make_node(operator, inputs, [output], name=name, **attributes))
+        node = helper.make_node(operator, inputs, [output], name=name)
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+        self.nodes.append(node)
         return output
 
     def constant(self, name: str, value: npt.NDArray[np.generic]) -> str:

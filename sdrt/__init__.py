@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdrt._version import VERSION as __version__
+from sdrt._version import VERSION
 
 if TYPE_CHECKING:
     from sdrt.batcher import Batcher, Ticket
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from sdrt.errors import SdrtError
     from sdrt.pipeline import Pipeline, Result, StepEvent, Timings
     from sdrt.request import Request
+
+__version__ = VERSION
 
 __all__ = [
     "Batcher",

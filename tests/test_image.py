@@ -166,19 +166,27 @@ def test_cmyk_jpeg(tmp_path):
     assert min(green, blue) > 245
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+# Exif 2.32, tag 274: which side of the picture the first row and the first column of the file are.
+ORIENTATIONS = {
+    1: ("top", "left"),
+    2: ("top", "right"),
+    3: ("bottom", "right"),
+    4: ("bottom", "left"),
+    5: ("left", "top"),
+    6: ("right", "top"),
+    7: ("right", "bottom"),
+    8: ("left", "bottom"),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_exif_orientation_is_applied(orientation, kind, tmp_path):
-    # Store the picture as a camera with this orientation would, undone by (transpose, mirror, flip).
-    transposed, mirrored, flipped = orientation >= 5, orientation in (2, 3, 7, 8), orientation in (3, 4, 6, 7)
+    first_row, first_column = ORIENTATIONS[orientation]
     pixels = np.asarray(corners())
-    pixels = pixels.transpose(1, 0, 2) if transposed else pixels
-    if orientation in (6, 8):
-        mirrored, flipped = orientation == 8, orientation == 6
-    if orientation == 7:
-        mirrored = flipped = True
-    pixels = pixels[::-1] if flipped else pixels
-    pixels = pixels[:, ::-1] if mirrored else pixels
+    pixels = pixels.transpose(1, 0, 2) if first_row in ("left", "right") else pixels
+    pixels = pixels[::-1] if first_row in ("bottom", "right") else pixels
+    pixels = pixels[:, ::-1] if first_column in ("bottom", "right") else pixels
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(pixels))

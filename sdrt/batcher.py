@@ -1,0 +1,286 @@
+"""Step-level continuous batching: many callers, one running batch that requests join and leave at any step.
+
+State is what `_Active` holds, policy is `admit` and `choose_step`, execution is the pipeline's; the worker thread is
+the only one that touches the pipeline.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, Self
+
+from sdrt.denoiser import step_trajectories
+from sdrt.errors import BusyError, Cancelled, RequestError, SdrtError
+from sdrt.pipeline import Pipeline, Prepared, Result
+from sdrt.request import Request, ResolvedRequest
+from sdrt.trajectory import Trajectory
+
+TicketState = Literal["queued", "running", "done", "failed", "cancelled"]
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatcherStats:
+    """A snapshot. occupancy: mean trajectories a step since the start; steps: step-graph evaluations."""
+
+    queued: int
+    running: int
+    finished: int
+    failed: int
+    cancelled: int
+    steps: int
+    occupancy: float
+
+
+class Ticket:
+    """A submitted request: a handle on its result, thread-safe."""
+
+    def __init__(self, request: ResolvedRequest, wake: Callable[[], None]) -> None:
+        self.request = request
+        self.future: Future[Result] = Future()
+        self._wake = wake
+        self._cancel_asked = False
+        self._running = False
+
+    @property
+    def state(self) -> TicketState:
+        """Where the request is now."""
+        if not self.future.done():
+            return "running" if self._running else "queued"
+        error = self.future.exception()
+        if error is None:
+            return "done"
+        return "cancelled" if isinstance(error, Cancelled) else "failed"
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Wait for the images. Raises what stopped the request, or TimeoutError after `timeout` seconds."""
+        return self.future.result(timeout)
+
+    def done(self) -> bool:
+        """Whether `result` would return or raise at once."""
+        return self.future.done()
+
+    def cancel(self) -> None:
+        """Stop the request: its lanes are free again within one step. Nothing happens when it is done."""
+        self._cancel_asked = True
+        self._wake()
+
+    def _settle(self, outcome: Result | BaseException) -> None:
+        try:
+            if isinstance(outcome, Result):
+                self.future.set_result(outcome)
+            else:
+                self.future.set_exception(outcome)
+        except InvalidStateError:  # the caller cancelled the bare future
+            return
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Active:
+    """A request in the running batch."""
+
+    ticket: Ticket
+    prepared: Prepared
+    began: float
+    step_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def size(self) -> Size:
+        return self.prepared.trajectories[0].size
+
+    @property
+    def finished(self) -> bool:
+        return all(trajectory.finished for trajectory in self.prepared.trajectories)
+
+
+def admit(waiting: Sequence[int], running: int, max_batch: int) -> int:
+    """How many of the waiting requests may join now, first come, first served.
+
+    waiting: how many trajectories each waiting request needs; running: how many are running already.
+    """
+    free, count = max_batch - running, 0
+    for needed in waiting:
+        if needed > free:
+            break
+        free -= needed
+        count += 1
+    return count
+
+
+def choose_size(sizes: Sequence[Size], last: Size | None) -> Size:
+    """Which size steps next, when trajectories of several sizes run: each in turn, so none starves."""
+    distinct = sorted(set(sizes))
+    if last is None:
+        return distinct[0]
+    return next((size for size in distinct if size > last), distinct[0])
+
+
+class Batcher:
+    """Serves many threads with one pipeline.
+
+    max_batch: trajectories (images) in one step; max_queue: requests that may wait before BusyError.
+    """
+
+    def __init__(self, pipeline: Pipeline, *, max_batch: int | None = None, max_queue: int = 64) -> None:
+        limit = pipeline.bundle.manifest.profile.max_batch
+        self.max_batch = limit if max_batch is None else max_batch
+        if not 1 <= self.max_batch <= limit:
+            hint = f"build the bundle with a larger --batch, or use 1 to {limit}"
+            raise RequestError(f"max_batch is {max_batch}; the bundle takes up to {limit} images", hint=hint)
+        if max_queue < 1:
+            raise RequestError(f"max_queue is {max_queue}", hint="let at least one request wait")
+        self._pipeline = pipeline
+        self._max_queue = max_queue
+        self._waiting: deque[Ticket] = deque()
+        self._active: list[_Active] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._last_size: Size | None = None
+        self._steps = self._stepped = 0
+        self._outcomes = {"done": 0, "failed": 0, "cancelled": 0}
+        self._worker = threading.Thread(target=self._work, name="sdrt-batcher", daemon=True)
+        self._worker.start()
+
+    def submit(self, request: Request) -> Ticket:
+        """Queue a request. Raises RequestError for a bad one and BusyError when the queue is full, at once."""
+        resolved = self._pipeline.resolve(request)
+        if resolved.num_images_per_prompt > self.max_batch:
+            raise RequestError(
+                f"{resolved.num_images_per_prompt} images do not fit a batch of {self.max_batch}",
+                hint="send several requests with seed, seed + 1, …",
+            )
+        with self._changed:
+            if self._closing:
+                raise BusyError("the batcher is closed", hint="make a new one")
+            if len(self._waiting) >= self._max_queue:
+                raise BusyError(f"{len(self._waiting)} requests are waiting already", hint="try again later")
+            ticket = Ticket(resolved, self._wake)
+            self._waiting.append(ticket)
+            self._changed.notify_all()
+        return ticket
+
+    def stats(self) -> BatcherStats:
+        """What the batcher has done and is doing."""
+        with self._changed:
+            return BatcherStats(
+                queued=len(self._waiting),
+                running=len(self._active),
+                finished=self._outcomes["done"],
+                failed=self._outcomes["failed"],
+                cancelled=self._outcomes["cancelled"],
+                steps=self._steps,
+                occupancy=self._stepped / self._steps if self._steps else 0.0,
+            )
+
+    def close(self, *, drain: bool = True) -> None:
+        """Stop. Accepted requests finish first, or with `drain=False` raise Cancelled. The pipeline stays open."""
+        with self._changed:
+            self._closing = True
+            if not drain:
+                for ticket in (*self._waiting, *(item.ticket for item in self._active)):
+                    ticket._cancel_asked = True
+            self._changed.notify_all()
+        self._worker.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(drain=kind is None)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._active or self._closing):
+                    self._changed.wait()
+                if self._closing and not (self._waiting or self._active):
+                    return
+            self._drop_cancelled()
+            self._join_waiting()
+            if self._active:
+                self._step()
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            dropped = [ticket for ticket in self._waiting if _is_cancelled(ticket)]
+            self._waiting = deque(ticket for ticket in self._waiting if not _is_cancelled(ticket))
+        for ticket in dropped:
+            self._settle(ticket, _cancelled())
+        for item in [item for item in self._active if _is_cancelled(item.ticket)]:
+            self._leave(item, _cancelled())
+
+    def _join_waiting(self) -> None:
+        running = sum(len(item.prepared.trajectories) for item in self._active)
+        with self._changed:
+            needs = [ticket.request.num_images_per_prompt for ticket in self._waiting]
+            joining = [self._waiting.popleft() for _ in range(admit(needs, running, self.max_batch))]
+        for ticket in joining:
+            ticket._running = True
+            began = time.perf_counter()
+            try:
+                prepared = self._pipeline.prepare(ticket.request)
+            except Exception as error:  # whatever stops one request must not stop the others
+                self._settle(ticket, error)
+                continue
+            with self._changed:
+                self._active.append(_Active(ticket=ticket, prepared=prepared, began=began))
+
+    def _step(self) -> None:
+        self._last_size = choose_size([item.size for item in self._active], self._last_size)
+        group = [item for item in self._active if item.size == self._last_size]
+        pairs = [(item, path) for item in group for path in item.prepared.trajectories if not path.finished]
+        stepping = time.perf_counter()
+        try:
+            faults = step_trajectories(self._pipeline.runner, [path for _, path in pairs])
+        except Exception as error:  # the backend failed: these requests fail, the worker lives on
+            for item in group:
+                self._leave(item, error)
+            return
+        elapsed = time.perf_counter() - stepping
+        with self._changed:
+            self._steps += 1
+            self._stepped += len(pairs)
+        for item in group:
+            item.step_seconds.append(elapsed)
+            self._settle_if_over(item, faults)
+
+    def _settle_if_over(self, item: _Active, faults: dict[Trajectory, SdrtError]) -> None:
+        fault = next((faults[path] for path in item.prepared.trajectories if path in faults), None)
+        if fault is not None:
+            self._leave(item, fault)
+        elif item.finished:
+            try:
+                result = self._pipeline.finish(item.prepared, tuple(item.step_seconds), item.began)
+            except Exception as error:  # a failed decode is this request's alone
+                self._leave(item, error)
+                return
+            self._leave(item, result)
+
+    def _leave(self, item: _Active, outcome: Result | BaseException) -> None:
+        with self._changed:
+            self._active.remove(item)
+        self._settle(item.ticket, outcome)
+
+    def _settle(self, ticket: Ticket, outcome: Result | BaseException) -> None:
+        kind = "done" if isinstance(outcome, Result) else "cancelled" if isinstance(outcome, Cancelled) else "failed"
+        with self._changed:
+            self._outcomes[kind] += 1
+        ticket._settle(outcome)
+
+
+def _is_cancelled(ticket: Ticket) -> bool:
+    return ticket._cancel_asked or ticket.future.cancelled()
+
+
+def _cancelled() -> Cancelled:
+    return Cancelled("the request was cancelled", hint="submit it again to run it")

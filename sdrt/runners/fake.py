@@ -1,0 +1,118 @@
+"""`FakeRunner`: the step graph's exact contract in numpy, around a cheap stand-in for the network, for tests of policy."""
+
+import threading
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from sdrt.errors import BackendError
+from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array, FloatArray
+
+Fault = Callable[[str, Mapping[str, Array]], None]
+
+
+class FakeRunner:
+    """Deterministic, fast, and strict: shapes that no engine would take raise BackendError.
+
+    embeds_dim: d of the text embeddings; downsample: the VAE's factor. before: called with (component, feeds)
+    before each evaluation, to raise or to wait. poison: a token id whose prompt makes the network give NaN.
+    batches: how many requests each step held, in order.
+    """
+
+    def __init__(
+        self, *, embeds_dim: int = 8, downsample: int = 8, before: Fault | None = None, poison: int | None = None
+    ) -> None:
+        self.embeds_dim = embeds_dim
+        self.downsample = downsample
+        self.before = before
+        self.poison = poison
+        self.batches: list[int] = []
+        self.calls: dict[str, int] = {}
+        self._inside = threading.Lock()
+        self._closed = False
+
+    def run(self, component: str, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
+        """See `Runner.run`. Two callers at once are an error, as they are for a real engine."""
+        if self._closed:
+            raise BackendError(f"{component} was asked of a runner that is closed", hint="open the bundle again")
+        if not self._inside.acquire(blocking=False):
+            raise BackendError("two threads are in one runner", hint="give each its own, or use a Batcher")
+        try:
+            if self.before is not None:
+                self.before(component, feeds)
+            self.calls[component] = self.calls.get(component, 0) + 1
+            return _COMPONENTS[component](self, feeds)
+        finally:
+            self._inside.release()
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _text_encoder(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
+        ids = feeds["input_ids"].astype(np.float64)
+        waves = np.sin(ids[:, :, None] * np.arange(1, self.embeds_dim + 1) * 0.37).astype(np.float32)
+        if self.poison is not None:
+            waves[(feeds["input_ids"] == self.poison).any(1)] = np.float32(1e30)
+        return {"last_hidden_state": waves}
+
+    def _step(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
+        state, guidance = feeds["state"], feeds["guidance"]
+        self.batches.append(len(state))
+        scaled = state[:, 0] * feeds["input_scale"][:, None, None, None]
+        lanes = [
+            _network(scaled[request], float(time), embeds)
+            for request, time, embeds in zip(
+                feeds["lane_request"], feeds["timestep"], feeds["prompt_embeds"], strict=True
+            )
+        ]
+        following = np.empty_like(state)
+        for index in range(len(state)):
+            # Summed lane by lane, so that the arithmetic of one request is the same in every batch.
+            output = np.zeros_like(scaled[index])
+            for weight, lane in zip(guidance[index], lanes, strict=True):
+                if weight != 0:
+                    output = output + weight * lane
+            sources = np.concatenate([state[index], output[None], feeds["noise"][index][None]])
+            following[index] = np.einsum("nk,kchw->nchw", feeds["transition"][index], sources)
+        return {"next_state": following.astype(np.float32)}
+
+    def _vae_decoder(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
+        latents = feeds["latent_sample"][:, [0, 1, 2]].astype(np.float32)
+        larger = latents.repeat(self.downsample, axis=2).repeat(self.downsample, axis=3)
+        return {"sample": np.tanh(larger)}
+
+    def _vae_encoder(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
+        image = feeds["sample"].astype(np.float32)
+        batch, _, height, width = image.shape
+        side = self.downsample
+        blocks = image.reshape(batch, 3, height // side, side, width // side, side).mean((3, 5))
+        mean = np.concatenate([blocks, blocks[:, :1]], axis=1)
+        return {"latent_parameters": np.concatenate([mean, np.full_like(mean, -30.0)], axis=1)}
+
+
+def _network(sample: Array, timestep: float, embeds: Array) -> FloatArray:
+    """Bounded, smooth, and dependent on everything that the UNet depends on; NaN for absurd embeddings."""
+    if not np.abs(embeds).max() < 1e20:
+        return np.full_like(sample, np.nan, dtype=np.float32)
+    condition = float(np.float32(embeds.astype(np.float64).mean()))
+    value: FloatArray = np.tanh(sample * np.float32(0.8) + np.float32(condition + timestep / 1000)).astype(np.float32)
+    return value
+
+
+_COMPONENTS: Mapping[str, Callable[[FakeRunner, Mapping[str, Array]], dict[str, FloatArray]]] = {
+    TEXT_ENCODER: FakeRunner._text_encoder,
+    STEP: FakeRunner._step,
+    VAE_DECODER: FakeRunner._vae_decoder,
+    VAE_ENCODER: FakeRunner._vae_encoder,
+}
