@@ -1,6 +1,6 @@
 """Does the picture show its caption? Scores a `shapes` bundle, and PyTorch on the same seeds, with the judge.
 
-    python -m sdrt.benchmarks.score BUNDLE --baseline MODEL --captions 500 --out FILE.json
+python -m sdrt.benchmarks.score BUNDLE --baseline MODEL --captions 500 --out FILE.json
 """
 
 import argparse

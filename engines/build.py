@@ -109,7 +109,7 @@ def _make_components(
 ) -> list[BuiltComponent]:
     components = []
     for done, source in enumerate(sources):
-        progress(f"engine {source.name}", done, len(sources))
+        progress("engines", done, len(sources))
         components.append(make_component(builder, source, precision, staged, store))
     progress("engines", len(sources), len(sources))
     return components

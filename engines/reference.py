@@ -11,6 +11,7 @@ import numpy.typing as npt
 from sdrt.bundle import BackendRecord, Bundle, Manifest, Precision, ShapeProfile
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.components import build_component
+from sdrt.engines.onnx_files import lend_file
 from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder
 from sdrt.engines.onnxruntime import OnnxRuntimeBuilder
 from sdrt.engines.seal import GoldenResult, make_image, read_golden, read_golden_image
@@ -58,7 +59,7 @@ def find_reference(
     if image_is_exported(folder, manifest.profile):
         image = read_golden_image(folder.golden_path("image"))
         return Reference(description=str(folder.reference), request=request, results=results, image=image)
-    bundle = _reference_bundle(sources, manifest, work)
+    bundle = _reference_bundle(folder, sources, manifest, work)
     with open_runner(bundle, threads=threads) as runner:
         image = make_image(bundle, runner, request)
     own = f"ONNX Runtime {bundle.manifest.backend.version}, float32, on the given ONNX"
@@ -84,8 +85,11 @@ def _request(folder: OnnxFolder, profile: ShapeProfile) -> GoldenRequest:
     )
 
 
-def _reference_bundle(sources: Sequence[ComponentSource], manifest: Manifest, work: Path) -> Bundle:
+def _reference_bundle(folder: OnnxFolder, sources: Sequence[ComponentSource], manifest: Manifest, work: Path) -> Bundle:
     """The same model as ONNX Runtime engines, whose files are lent from the ONNX folder."""
+    (work / "tokenizer").mkdir()
+    for file in folder.tokenizer_files():
+        lend_file(file, work / "tokenizer" / file.name)
     builder = OnnxRuntimeBuilder(lend=True)
     components = tuple(build_component(builder, source, "fp32", work) for source in sources)
     backend = BackendRecord(name=builder.name, version=builder.version, device=builder.device, features=())

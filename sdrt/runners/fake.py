@@ -1,4 +1,4 @@
-"""`FakeRunner`: the step graph's exact contract in numpy, around a cheap stand-in for the network, for tests of policy."""
+"""`FakeRunner`: the step graph's exact contract in numpy, around a cheap stand-in for the network, for tests."""
 
 import threading
 from collections.abc import Callable, Mapping

@@ -1,0 +1,1 @@
+"""The suites: which model, which cases, which bars."""
