@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from sdrt.benchmarks.contestants import Drawing
 from sdrt.benchmarks.run import Case, Record, Row
 from sdrt.bundle import JsonValue
 from sdrt.files import staged_directory
@@ -210,7 +211,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _timings(drawing: Any) -> dict[str, JsonValue]:
+def _timings(drawing: Drawing) -> dict[str, JsonValue]:
     return {
         "total_seconds": drawing.total_seconds,
         "text_encoder_seconds": drawing.text_encoder_seconds,
@@ -219,7 +220,7 @@ def _timings(drawing: Any) -> dict[str, JsonValue]:
     }
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: JsonValue) -> JsonValue:
     """JSON has no infinity (the PSNR of equal pictures): null stands for it."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}

@@ -7,7 +7,7 @@ the only one that touches the pipeline.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -254,7 +254,7 @@ class Batcher:
             item.step_seconds.append(elapsed)
             self._settle_if_over(item, faults)
 
-    def _settle_if_over(self, item: _Active, faults: dict[Trajectory, SdrtError]) -> None:
+    def _settle_if_over(self, item: _Active, faults: Mapping[Trajectory, SdrtError]) -> None:
         fault = next((faults[path] for path in item.prepared.trajectories if path in faults), None)
         if fault is not None:
             self._leave(item, fault)

@@ -131,3 +131,16 @@ def shapes_bundle(tmp_path_factory: pytest.TempPathFactory, build_cache: None) -
     if done.returncode != 0:
         pytest.fail(f"the embedded model does not build: {done.stderr}")
     return target
+
+
+@pytest.fixture
+def fake(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A function that makes pipelines over `FakeRunner`."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("fake_pipeline", Path(__file__).parent / "fake_pipeline.py")
+    if spec is None or spec.loader is None:
+        pytest.fail("tests/fake_pipeline.py is missing")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda runner=None, **manifest: module.fake_pipeline(tmp_path, runner, **manifest)

@@ -1,0 +1,125 @@
+"""The pipeline on a fake runner: steps as events, results that say how to make them again, honest failures."""
+
+import numpy as np
+import pytest
+
+from sdrt.errors import ParityError, RequestError
+from sdrt.request import Request
+from sdrt.runners.fake import FakeRunner
+
+OPTIONS = {"num_inference_steps": 4, "scheduler": "ddim", "seed": 0}
+
+
+def test_every_network_evaluation_is_an_event_and_the_last_carries_the_result(fake):
+    events = list(fake().stream("red circle", **OPTIONS))
+    assert [event.row for event in events] == [1, 2, 3, 4]
+    assert [event.result is not None for event in events] == [False, False, False, True]
+
+
+def test_pndm_evaluates_the_network_once_more_than_it_has_steps(fake):
+    events = list(fake().stream("red", scheduler="pndm", num_inference_steps=4, seed=0))
+    assert len(events) == 5
+
+
+def test_the_same_seed_gives_the_same_pixels(fake):
+    pipeline = fake()
+    first, second = (pipeline.generate("red circle", **OPTIONS).images[0] for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+
+
+def test_image_k_of_several_is_the_image_of_its_own_seed(fake):
+    pipeline = fake()
+    several = pipeline.generate("red circle", **{**OPTIONS, "num_images_per_prompt": 3, "seed": 40})
+    single = pipeline.generate("red circle", **{**OPTIONS, "seed": several.seeds[2]})
+    assert several.images[2].tobytes() == single.images[0].tobytes()
+
+
+def test_a_result_says_how_each_image_is_made_again(fake):
+    pipeline = fake()
+    result = pipeline.generate("red circle", **{**OPTIONS, "num_images_per_prompt": 2})
+    saved = result.parameters(1)
+    fields = {name: saved[name] for name in Request.__dataclass_fields__ if name in saved}
+    again = pipeline.generate(Request(**fields))
+    assert again.images[0].tobytes() == result.images[1].tobytes()
+
+
+def test_more_images_than_the_profiles_batch_are_made_in_parts(fake):
+    runner = FakeRunner()
+    result = fake(runner, max_batch=2).generate("red", **{**OPTIONS, "num_images_per_prompt": 5})
+    assert len(result.images) == 5
+    assert max(runner.batches) == 2
+
+
+def test_a_bad_request_computes_nothing(fake):
+    runner = FakeRunner()
+    pipeline = fake(runner)
+    with pytest.raises(RequestError):
+        pipeline.stream("red", num_inference_steps=0)
+    with pytest.raises(RequestError, match="no nonsense"):
+        pipeline.generate("red", nonsense=1)
+    assert runner.calls == {}
+
+
+def test_a_prompt_is_embedded_once(fake):
+    runner = FakeRunner()
+    pipeline = fake(runner)
+    for _ in range(3):
+        pipeline.generate("red circle", **OPTIONS)
+    assert runner.calls["text_encoder"] == 2  # the prompt and the empty negative prompt
+
+
+def test_without_guidance_there_is_one_lane(fake):
+    lanes = []
+    runner = FakeRunner(before=lambda name, feeds: lanes.append(len(feeds["timestep"])) if name == "step" else None)
+    pipeline = fake(runner)
+    pipeline.generate("red", **{**OPTIONS, "guidance_scale": 1.0})
+    pipeline.generate("red", **{**OPTIONS, "guidance_scale": 1.5})
+    assert set(lanes[:4]) == {1}
+    assert set(lanes[4:]) == {2}
+
+
+def test_a_prompt_over_the_models_length_is_a_warning_that_says_what_was_dropped(fake):
+    result = fake().generate("red " * 15 + "circle", **OPTIONS)
+    assert len(result.warnings) == 1
+    assert "circle" in result.warnings[0]
+    assert fake().generate("red", **OPTIONS).warnings == ()
+
+
+def test_nan_is_an_error_and_never_an_image(fake):
+    def spoil(name, feeds):
+        if name == "step" and float(feeds["timestep"][0]) < 500:
+            feeds["state"][:] = np.nan
+
+    with pytest.raises(ParityError, match="NaN"):
+        fake(FakeRunner(before=spoil)).generate("red", **OPTIONS)
+
+
+def test_closing_the_stream_stops_the_work(fake):
+    runner = FakeRunner()
+    stream = fake(runner).stream("red", **{**OPTIONS, "num_inference_steps": 50})
+    next(stream)
+    stream.close()
+    assert runner.calls["step"] == 1
+
+
+def test_encode_and_decode_are_inverse_on_what_the_vae_keeps(fake):
+    pipeline = fake()
+    image = pipeline.generate("red circle", **OPTIONS).images[0]
+    latents = pipeline.encode(image)
+    assert latents.shape == (1, 4, 8, 8)
+    assert pipeline.decode(latents)[0].size == image.size
+
+
+@pytest.mark.parametrize(
+    "latents", [np.zeros((4, 8, 8), np.float32), np.zeros((1, 3, 8, 8), np.float32), np.zeros((1, 4, 8, 8))], ids=str
+)
+def test_latents_of_another_form_are_refused(fake, latents):
+    with pytest.raises(RequestError):
+        fake().decode(latents)
+
+
+def test_an_image_off_the_vaes_grid_is_refused(fake):
+    from PIL import Image
+
+    with pytest.raises(RequestError, match="65x64"):
+        fake().encode(Image.new("RGB", (65, 64)))

@@ -1,0 +1,113 @@
+"""Requests are refused before any compute, with what is allowed; defaults are the model's."""
+
+import math
+
+import pytest
+
+from sdrt.errors import RequestError
+from sdrt.request import Request, nearest_size, resolve_request
+
+
+@pytest.fixture
+def manifest(fake):
+    return fake().bundle.manifest
+
+
+def resolve(manifest, **fields):
+    return resolve_request(Request(**{"prompt": "red circle", **fields}), manifest)
+
+
+def test_defaults_are_the_models(manifest):
+    resolved = resolve(manifest)
+    assert (resolved.height, resolved.width) == (64, 64)
+    assert resolved.scheduler == "PNDMScheduler"
+    assert 0 <= resolved.seed < 2**32
+
+
+def test_zero_is_a_value_and_not_an_absence(manifest):
+    resolved = resolve(manifest, seed=0, guidance_scale=0)
+    assert resolved.seed == 0
+    assert resolved.guidance_scale == 0
+    assert not resolved.guided
+
+
+@pytest.mark.parametrize(("scale", "guided"), [(0.0, False), (1.0, False), (1.01, True), (-3.0, False), (7.5, True)])
+def test_guidance_runs_above_one_as_in_the_reference(manifest, scale, guided):
+    assert resolve(manifest, guidance_scale=scale).guided is guided
+
+
+def test_an_empty_prompt_is_legal(manifest):
+    assert resolve(manifest, prompt="").prompt == ""
+
+
+def test_each_image_has_its_own_seed(manifest):
+    assert resolve(manifest, seed=5, num_images_per_prompt=3).seeds == (5, 6, 7)
+
+
+BAD = [
+    {"num_inference_steps": 0},
+    {"num_inference_steps": -1},
+    {"num_inference_steps": 1001},
+    {"num_inference_steps": 2.5},
+    {"num_inference_steps": True},
+    {"guidance_scale": math.nan},
+    {"guidance_scale": math.inf},
+    {"guidance_scale": "7"},
+    {"seed": -1},
+    {"seed": 2**64},
+    {"seed": 2**64 - 1, "num_images_per_prompt": 2},
+    {"seed": 1.0},
+    {"num_images_per_prompt": 0},
+    {"num_images_per_prompt": 10**6},
+    {"height": 0},
+    {"height": 72},
+    {"width": 65},
+    {"width": 1024},
+    {"prompt": None},
+    {"prompt": "\0"},
+    {"prompt": "\ud800"},
+    {"prompt": "x" * 100_001},
+    {"negative_prompt": 3},
+    {"scheduler": "eulr"},
+    {"eta": -0.5},
+    {"eta": 1.5},
+    {"eta": 0.5},
+]
+
+
+@pytest.mark.parametrize("fields", BAD, ids=str)
+def test_bad_requests_are_refused_with_a_hint(manifest, fields):
+    with pytest.raises(RequestError) as caught:
+        resolve(manifest, **fields)
+    assert caught.value.exit_code == 2
+    assert caught.value.hint
+
+
+def test_a_misspelt_scheduler_gets_a_suggestion(manifest):
+    with pytest.raises(RequestError) as caught:
+        resolve(manifest, scheduler="eulr")
+    assert "euler" in caught.value.hint
+
+
+def test_a_size_outside_the_profile_names_the_nearest_one(manifest):
+    with pytest.raises(RequestError) as caught:
+        resolve(manifest, height=512, width=60)
+    assert "64x128" in caught.value.hint
+
+
+def test_a_list_of_sizes_accepts_those_and_no_others(fake):
+    manifest = fake(sizes=((64, 96), (96, 64))).bundle.manifest
+    assert resolve(manifest, height=64, width=96).width == 96
+    with pytest.raises(RequestError):
+        resolve(manifest, height=96, width=96)
+
+
+def test_the_default_size_is_one_that_the_profile_accepts(fake):
+    manifest = fake(sizes=((32, 48),)).bundle.manifest
+    resolved = resolve(manifest)
+    assert (resolved.height, resolved.width) == (32, 48)
+    assert nearest_size(manifest.profile, 64, 64) == (32, 48)
+
+
+def test_eta_is_for_the_scheduler_that_has_it(manifest):
+    assert resolve(manifest, scheduler="ddim", eta=1.0).plan.draws_noise(0)
