@@ -212,8 +212,10 @@ class Batcher:
 
     def _drop_cancelled(self) -> None:
         with self._changed:
+            # Asked once for each: a caller may cancel between two looks at the same ticket.
             dropped = [ticket for ticket in self._waiting if _is_cancelled(ticket)]
-            self._waiting = deque(ticket for ticket in self._waiting if not _is_cancelled(ticket))
+            for ticket in dropped:
+                self._waiting.remove(ticket)
         for ticket in dropped:
             self._settle(ticket, _cancelled())
         for item in [item for item in self._active if _is_cancelled(item.ticket)]:
