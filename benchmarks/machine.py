@@ -16,7 +16,7 @@ def describe_machine() -> dict[str, JsonValue]:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": cpu_name(),
-        "cpu_features": sorted(cpu_features()),
+        "cpu_features": [*sorted(cpu_features())],
         "cores": available_cores(),
         "memory_gib": round(memory_bytes / 2**30, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

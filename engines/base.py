@@ -63,6 +63,6 @@ class EngineBuilder(Protocol):
         """Write the component's engine into the empty `folder`.
 
         Returns the names of the files written, the one that a runner opens first.
-        Raises BuildError when the backend refuses the graph, BackendError when it is not installed.
+        BuildError: the backend refuses the graph. BackendError: it is not installed. OutputError: the disk is full.
         """
         ...

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sdrt.bundle import BackendName, JsonValue, Precision
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.step_graph import PREFIX, TIMESTEP
-from sdrt.errors import BackendError, BuildError
+from sdrt.errors import BackendError, BuildError, OutputError
 from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 
 if TYPE_CHECKING:
@@ -61,11 +61,17 @@ class OpenVinoBuilder:
             model = openvino.Core().read_model(source.onnx_path)
             _fix_dimensions(model, source)
             kept = _float32_nodes(model, source.name) if precision == "bf16" else set()
-            openvino.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
         except RuntimeError as error:
             raise BuildError(
                 f"OpenVINO cannot build {source.name}: {_first_line(error)}",
                 hint="try --backend onnxruntime, or export the checkpoint again",
+            ) from error
+        try:
+            openvino.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
+        except RuntimeError as error:  # a stream that failed; it does not say why
+            raise OutputError(
+                f"OpenVINO cannot write {source.name} to {folder}: {_first_line(error)}",
+                hint="free some space on its disk, or name an output on another one",
             ) from error
         if kept:
             _keep_float32(folder / MODEL_NAME, kept)
@@ -75,7 +81,7 @@ class OpenVinoBuilder:
 def _fix_dimensions(model: "ov.Model", source: ComponentSource) -> None:
     """Fill in the sizes that the model always has; batch, lanes, height, width and length stay dynamic.
 
-    Not bounded by the profile: the CPU plugin would reserve memory for the largest of everything at once.
+    The profile does not enter, so another profile needs no other engine.
     """
     openvino = _openvino()
     expected = _dimensions(source)

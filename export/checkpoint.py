@@ -113,8 +113,10 @@ def identity_of(checkpoint: Checkpoint, store: Store) -> str:
     folders = ("tokenizer", "scheduler")
     files = [path for folder in folders for path in sorted((checkpoint.path / folder).rglob("*")) if path.is_file()]
     others = {path.relative_to(checkpoint.path).as_posix(): store.sha256(path) for path in files}
-    hashes = {name: dict(component_hashes(checkpoint, name, store)) for name in COMPONENT_CLASSES}
-    return cache_key(components=hashes, others=dict(others))  # type: ignore[arg-type]  (JSON values, invariant dict)
+    for name in COMPONENT_CLASSES:
+        hashes = component_hashes(checkpoint, name, store)
+        others |= {f"{name}/{file}": digest for file, digest in hashes.items()}
+    return cache_key(files={**others})
 
 
 def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
@@ -163,7 +165,7 @@ def check_safetensors(path: Path) -> None:
 
 
 def _check_pipeline(path: Path, index: Mapping[str, Any]) -> None:
-    kind = index.get("_class_name")
+    kind = str(index.get("_class_name"))
     if kind not in SUPPORTED_PIPELINES:
         described = f" ({_KNOWN_PIPELINES[kind]})" if kind in _KNOWN_PIPELINES else ""
         raise CheckpointError(f"{path} is a {kind}{described}", hint=_SUPPORTED)

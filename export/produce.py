@@ -39,4 +39,5 @@ def export_component(checkpoint: Checkpoint, name: str, folder: Path, *, threads
 def save_golden(golden: Expected, output: str, path: Path) -> None:
     """Write inputs and output as "input.<name>" and "output.<name>"."""
     arrays = {f"input.{name}": array for name, array in golden.inputs.items()}
-    np.savez(path, **arrays, **{f"output.{output}": golden.output})  # type: ignore[arg-type]  (numpy's stub: bool)
+    arrays[f"output.{output}"] = golden.output
+    np.savez(path, allow_pickle=False, **arrays)

@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
 from sdrt import errors
 from sdrt.bundle import JsonValue
@@ -35,7 +35,14 @@ def serve(main: Callable[[Progress], JsonValue]) -> int:
         def progress(stage: str, done: int, total: int) -> None:
             say(progress=[stage, done, total])
 
-        def show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+        def show_warning(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if issubclass(category, UserWarning):
                 say(warning=str(message))
 

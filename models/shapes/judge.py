@@ -120,7 +120,7 @@ def _split_by_colour(pixels: npt.NDArray[np.float64], mask: Mask) -> list[Mask]:
     nearest = np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(-1)
     parts = []
     for index in range(len(palette)):
-        own = ndimage.binary_opening(mask & (nearest == index), structure=np.ones((3, 3)))
+        own = ndimage.binary_opening(mask & (nearest == index), structure=np.ones((3, 3), np.bool_))
         parts += _components(own)
     return parts
 

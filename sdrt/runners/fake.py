@@ -67,9 +67,9 @@ class FakeRunner:
         return {"last_hidden_state": waves}
 
     def _step(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
-        state, guidance = feeds["state"], feeds["guidance"]
+        state, guidance = feeds["state"].astype(np.float32), feeds["guidance"].astype(np.float32)
         self.batches.append(len(state))
-        scaled = state[:, 0] * feeds["input_scale"][:, None, None, None]
+        scaled = state[:, 0] * feeds["input_scale"].astype(np.float32)[:, None, None, None]
         lanes = [
             _network(scaled[request], float(time), embeds)
             for request, time, embeds in zip(
@@ -101,7 +101,7 @@ class FakeRunner:
         return {"latent_parameters": np.concatenate([mean, np.full_like(mean, -30.0)], axis=1)}
 
 
-def _network(sample: Array, timestep: float, embeds: Array) -> FloatArray:
+def _network(sample: FloatArray, timestep: float, embeds: Array) -> FloatArray:
     """Bounded, smooth, and dependent on everything that the UNet depends on; NaN for absurd embeddings."""
     if not np.abs(embeds).max() < 1e20:
         return np.full_like(sample, np.nan, dtype=np.float32)

@@ -1,0 +1,80 @@
+"""Options that several commands share: their names, their help, and how their texts are read."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from sdrt.errors import CheckpointError, RequestError
+
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else on stderr.")]
+Threads: TypeAlias = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: every core.")]
+Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite what is there already.")]
+BundleFolder: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="The folder that `sdrt build` wrote.", show_default=False)
+]
+Size: TypeAlias = tuple[int, int]
+
+EMBEDDED = "shapes"
+_SIZE = re.compile(r"([0-9]{1,6})[xX]([0-9]{1,6})")
+
+
+def parse_size(text: str) -> Size:
+    """(height, width) of a text WIDTHxHEIGHT. Raises RequestError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise RequestError(f"{text!r} is not a size", hint="write WIDTHxHEIGHT, such as 512x768")
+    return int(match[2]), int(match[1])
+
+
+def chosen_size(size: str | None, width: int | None, height: int | None) -> tuple[int | None, int | None]:
+    """(height, width) from --size or --width and --height. Raises RequestError when both were given."""
+    if size is None:
+        return height, width
+    if width is not None or height is not None:
+        raise RequestError("--size was given beside --width or --height", hint="give one of the two")
+    return parse_size(size)
+
+
+def numbered(out: Path, count: int) -> list[Path]:
+    """Where `count` images go: out.png, or out-1.png, out-2.png…"""
+    if count == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, count + 1)]
+
+
+def check_outputs(paths: Sequence[Path], suffix: str, *, force: bool) -> None:
+    """Refuse outputs before any work: a wrong ending (RequestError), existing or unwritable (OutputError)."""
+    from sdrt.files import check_writable, refuse_existing
+
+    for path in paths:
+        if path.suffix.lower() != suffix:
+            raise RequestError(f"{path} does not end in {suffix}", hint=f"name the output so: {path.stem}{suffix}")
+        if path.is_dir():
+            raise RequestError(f"{path} is a folder", hint=f"name a file that ends in {suffix}")
+        refuse_existing(path, overwrite=force)
+    check_writable(paths[0])
+
+
+def model_folder(model: str) -> Path:
+    """The folder of MODEL: a path, or the embedded model under its name. Raises CheckpointError."""
+    if model == EMBEDDED:
+        return _embedded_folder()
+    folder = Path(model)
+    if not folder.exists():
+        raise CheckpointError(f"there is no model at {model}", hint="check the path, or use the embedded model: shapes")
+    return folder
+
+
+def _embedded_folder() -> Path:
+    from importlib.resources import files
+
+    folder = Path(str(files("sdrt.models.shapes"))) / "checkpoint"
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            f"this installation lacks the embedded model ({folder})",
+            hint="reinstall sdrt: pip install --force-reinstall sdrt",
+        )
+    return folder
