@@ -32,7 +32,7 @@ class Ratio:
 
 def spread(seconds: Sequence[float]) -> Spread:
     """Summarise timings. Raises ValueError when there are none."""
-    if not seconds:
+    if len(seconds) == 0:
         raise ValueError("there are no timings to summarise")
     values = np.asarray(seconds, np.float64)
     median, p90, p99 = np.percentile(values, [50, 90, 99])
@@ -51,7 +51,7 @@ def ratio(other: Sequence[float], ours: Sequence[float], *, seed: int = 0) -> Ra
 
     The interval is the bootstrap percentile interval of the median over resampled pairs.
     """
-    if len(other) != len(ours) or not ours:
+    if len(other) != len(ours) or len(ours) == 0:
         raise ValueError(f"{len(other)} and {len(ours)} timings are not pairs")
     pairs = np.asarray(other, np.float64) / np.asarray(ours, np.float64)
     rng = np.random.default_rng(seed)

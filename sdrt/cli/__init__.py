@@ -1,1 +1,129 @@
-"""sdrt/cli."""
+"""The command line: one app, its commands, and the one place where errors become lines and exit codes."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from sdrt._version import VERSION
+from sdrt.cli.bench import bench
+from sdrt.cli.build import build
+from sdrt.cli.demo import demo
+from sdrt.cli.doctor import doctor
+from sdrt.cli.inspect import inspect
+from sdrt.cli.run import run
+from sdrt.cli.terminal import print_error, warnings_as_lines
+from sdrt.cli.vae import decode, encode
+from sdrt.cli.verify import verify
+from sdrt.errors import Cancelled, OutputError, RequestError, SdrtError
+
+__all__ = ["app", "main", "run_command"]
+
+# The parents of typer's own usage errors, whichever click it carries.
+_USAGE_ERROR, _CLICK_ERROR = typer.BadParameter.__mro__[1:3]
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+app = typer.Typer(
+    name="sdrt",
+    help="Compiled inference for Stable Diffusion, without PyTorch at run time.",
+    epilog="Try it: sdrt demo. Details of a command: sdrt COMMAND --help",
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"sdrt {VERSION}")
+        raise typer.Exit(0)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+for _command in (build, run, bench, inspect, verify, encode, decode, demo, doctor):
+    app.command()(_command)
+
+
+def main() -> None:
+    """The program `sdrt`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code = run_command(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _close_quietly()
+    sys.exit(code)
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code: 0, 2 for a bad argument, 1 for any other failure."""
+    options = list(arguments)
+    own = options[: options.index("--")] if "--" in options else options
+    as_json = "--json" in own
+    with warnings_as_lines():
+        try:
+            code = typer.main.get_command(app).main(options, prog_name="sdrt", standalone_mode=False)
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else 1
+        except BrokenPipeError:
+            return _close_quietly()
+        except (Exception, KeyboardInterrupt) as error:
+            return print_error(as_sdrt_error(error, options), as_json=as_json)
+    return code if isinstance(code, int) else 0
+
+
+def as_sdrt_error(error: BaseException, arguments: Sequence[str]) -> SdrtError:
+    """Whatever ended a command, as an error with a hint. The cause stays attached for SDRT_DEBUG."""
+    if isinstance(error, SdrtError):
+        return error
+    known = _known_error(error, arguments)
+    known.__cause__ = error
+    return known
+
+
+def _known_error(error: BaseException, arguments: Sequence[str]) -> SdrtError:
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return Cancelled("cancelled", hint="nothing was left behind; run the command again")
+    if isinstance(error, _CLICK_ERROR):
+        return _usage_error(error, arguments)
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return OutputError("the disk is full", hint="free some space, or name an output on another disk")
+    if isinstance(error, OSError) and error.strerror:
+        name = "" if error.filename is None else f"{error.filename}: "
+        return SdrtError(f"{name}{error.strerror}", hint="check the path and its permissions")
+    if isinstance(error, MemoryError):
+        return SdrtError("the memory is exhausted", hint="close other programs, or use a smaller size or batch")
+    text = f"{type(error).__name__}: {error}"
+    return SdrtError(f"this should not happen: {text}", hint="run it with SDRT_DEBUG=1 and report what it prints")
+
+
+def _usage_error(error: BaseException, arguments: Sequence[str]) -> RequestError:
+    """A message of the argument parser in the words of sdrt: its suggestion becomes the hint."""
+    message = getattr(error, "format_message", error.__str__)()
+    message, _, suggestion = message.partition("Did you mean")
+    message = message.strip().rstrip(".")
+    commands = {command.callback.__name__ for command in app.registered_commands if command.callback is not None}
+    command = next((word for word in arguments if word in commands), None)
+    shown = "sdrt --help" if command is None else f"sdrt {command} --help"
+    hint = f"did you mean{suggestion.rstrip('?')}?" if suggestion else f"see: {shown}"
+    return RequestError(message[:1].lower() + message[1:], hint=hint)
+
+
+def _close_quietly() -> int:
+    """The reader of our output has gone, as `head` does: say nothing, and keep Python from saying it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

@@ -10,7 +10,9 @@ import typer
 from sdrt.errors import CheckpointError, RequestError
 
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else on stderr.")]
-Threads: TypeAlias = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: every core.")]
+Threads: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: every core.", show_default=False)
+]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite what is there already.")]
 BundleFolder: TypeAlias = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="The folder that `sdrt build` wrote.", show_default=False)

@@ -1,0 +1,88 @@
+"""`sdrt bench`: this runtime and its peers in turns, through the benchmarks stage."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from sdrt.cli.options import AsJson, Force, Threads, model_folder, parse_size
+from sdrt.cli.stages import BENCHMARKS, EXPORT, check_installed, run_stage
+from sdrt.cli.terminal import emit, facts, print_warning, progress_bar
+from sdrt.errors import RequestError
+
+
+def bench(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder of the report, to be made.")],
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="BUNDLE", help="Not needed with --suite sd15, which builds its own.", show_default=False
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The checkpoint, for the PyTorch contestants.", show_default=False),
+    ] = None,
+    suite: Annotated[Literal["plain", "shapes", "sd15"], typer.Option(help="What is drawn.")] = "plain",
+    rounds: Annotated[int, typer.Option(min=1, help="Measured images of each contestant.")] = 8,
+    warmup: Annotated[int, typer.Option(min=0, help="Images before those, not measured.")] = 1,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", "--num-inference-steps", min=1, metavar="N", help="Default: the suite's.", show_default=False
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="In pixels. Default: the suite's.", show_default=False)
+    ] = None,
+    contestants: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Of pytorch-fp32, pytorch-bf16, pytorch-compile, openvino-genai. Default: the first two.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Threads = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a bundle with PyTorch: speed, memory and parity, as a table and a report."""
+    from sdrt.bundle import Bundle
+    from sdrt.files import check_writable, refuse_existing
+
+    if size is not None:
+        parse_size(size)
+    if bundle is None and suite != "sd15":
+        raise RequestError("no BUNDLE was named", hint="sdrt bench BUNDLE --baseline MODEL --out DIR")
+    refuse_existing(out, overwrite=force)
+    check_writable(out)
+    if bundle is not None:
+        Bundle.open(bundle)
+    model = None if baseline is None else model_folder(baseline)
+    if model is not None or suite == "sd15":
+        check_installed(EXPORT)
+    options = {
+        "--baseline": model,
+        "--suite": suite,
+        "--out": out,
+        "--rounds": rounds,
+        "--warmup": warmup,
+        "--steps": steps,
+        "--size": size,
+        "--contestants": contestants,
+        "--threads": threads,
+    }
+    arguments = [] if bundle is None else [str(bundle)]
+    arguments += _flags(options) + (["--force"] if force else [])
+    with progress_bar() as progress:
+        result = run_stage(BENCHMARKS, arguments, progress)
+    emit(result, [*str(result["table"]).splitlines(), "", *facts([("report", str(result["report"]))])], as_json=as_json)
+    if not result["valid"]:
+        print_warning("the images are further from PyTorch's than the bundle's precision promises: see the report")
+        raise typer.Exit(1)
+
+
+def _flags(options: Mapping[str, object]) -> list[str]:
+    return [word for name, value in options.items() if value is not None for word in (name, str(value))]

@@ -1,0 +1,123 @@
+"""`sdrt inspect`: what a bundle or a model is, from its files alone. No engine is loaded."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdrt.cli.build import bundle_bytes, is_onnx_folder, parity_table, size_multiple
+from sdrt.cli.options import EMBEDDED, AsJson, model_folder
+from sdrt.cli.terminal import emit, facts, size_text, table, title
+from sdrt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from sdrt.bundle import Bundle, JsonValue
+
+WEIGHTS = (".safetensors", ".bin", ".onnx", ".data", ".onnx_data", ".pb")
+
+
+def inspect(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="BUNDLE|MODEL", help="A bundle, a diffusers or ONNX folder, or `shapes`.", show_default=False
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a bundle or a model is."""
+    import msgspec
+
+    from sdrt.bundle import Bundle
+
+    folder = Path(path)
+    if path == EMBEDDED or (folder / "model_index.json").is_file() or is_onnx_folder(folder):
+        model = _model(model_folder(path))
+        emit(model, _model_lines(model), as_json=as_json)
+        return
+    bundle = Bundle.open(folder)
+    manifest: dict[str, Any] = msgspec.to_builtins(bundle.manifest)
+    result = {"kind": "bundle", "path": path, "size_bytes": bundle_bytes(bundle), "manifest": manifest}
+    emit(result, _bundle_lines(bundle), as_json=as_json)
+
+
+def _bundle_lines(bundle: "Bundle") -> "list[Text | str]":
+    from sdrt.request import describe_sizes
+
+    manifest = bundle.manifest
+    model, backend, golden = manifest.model, manifest.backend, manifest.golden
+    features = f" with {', '.join(backend.features)}" if backend.features else ""
+    rows = [
+        ("model", f"{model.name}, {model.task}, {model.identity[:12]}"),
+        ("backend", f"{backend.name} {backend.version.split('-')[0]} on {backend.device}{features}"),
+        ("precision", manifest.precision),
+        ("images", f"{describe_sizes(manifest.profile)}; up to {manifest.profile.max_batch} at a time"),
+        ("scheduler", f"{model.scheduler_class} ({model.scheduler_config.get('prediction_type', 'epsilon')})"),
+        ("prompt", f"up to {model.text_length} tokens"),
+        ("size", size_text(bundle_bytes(bundle))),
+        ("made by", f"sdrt {manifest.sdrt_version}, bundle format {manifest.format_version}"),
+        ("reference", golden.reference),
+        (
+            "golden image",
+            f"{golden.prompt!r}, seed {golden.seed}, {golden.num_inference_steps} steps, "
+            f"guidance {golden.guidance_scale:g}, {golden.width}x{golden.height}",
+        ),
+    ]
+    return [title(f"{bundle.path}: a bundle"), *facts(rows), "", *parity_table(bundle)]
+
+
+def _model(folder: Path) -> "dict[str, JsonValue]":
+    """What the configs and files of a model folder say."""
+    kind = "onnx" if is_onnx_folder(folder) else "diffusers"
+    index = _read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    unet = _read_json(folder / "unet" / "config.json")
+    sample = unet.get("sample_size")
+    multiple = size_multiple(folder)
+    components = {
+        part.name: sum(file.stat().st_size for file in part.iterdir() if file.suffix in WEIGHTS)
+        for part in sorted(folder.iterdir())
+        if part.is_dir()
+    }
+    return {
+        "kind": kind,
+        "path": str(folder),
+        "pipeline": index.get("_class_name"),
+        "scheduler": scheduler.get("_class_name"),
+        "prediction_type": scheduler.get("prediction_type", "epsilon"),
+        "latent_side": sample,
+        "size_multiple": multiple,
+        "prompt_embeds_dim": unet.get("cross_attention_dim"),
+        "components": {name: size for name, size in components.items() if size > 0},
+    }
+
+
+def _model_lines(model: "dict[str, Any]") -> "list[Text | str]":
+    word = "an ONNX folder" if model["kind"] == "onnx" else "a diffusers folder"
+    unknown = "unknown"
+    rows = [
+        ("pipeline", str(model["pipeline"] or unknown)),
+        ("scheduler", f"{model['scheduler'] or unknown} ({model['prediction_type']})"),
+        ("latents", f"{model['latent_side'] or unknown} a side"),
+        ("image sides", f"multiples of {model['size_multiple'] or unknown} pixels"),
+        ("prompt embeds", f"{model['prompt_embeds_dim'] or unknown} numbers a token"),
+        ("weights", size_text(sum(model["components"].values()))),
+    ]
+    sizes = [(name, size_text(size)) for name, size in model["components"].items()]
+    return [title(f"{model['path']}: {word}"), *facts(rows), "", *table(("component", "weights"), sizes)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    hint = "fetch the model again, or name the folder that holds model_index.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", hint=hint) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}", hint=hint) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object", hint=hint)
+    return content

@@ -1,0 +1,242 @@
+"""`sdrt run`: draw images and write them as PNG, each with everything that makes it again."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdrt.cli.options import AsJson, BundleFolder, Force, Threads, check_outputs, chosen_size, numbered
+from sdrt.cli.terminal import emit, facts, print_warning, progress_bar, seconds_text
+from sdrt.errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from rich.text import Text
+
+    from sdrt.bundle import Bundle, JsonValue
+    from sdrt.pipeline import Result
+    from sdrt.progress import Progress
+    from sdrt.request import Request
+
+REQUEST_FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "scheduler",
+    "seed",
+    "num_images_per_prompt",
+    "eta",
+)
+
+
+def complete_scheduler(incomplete: str) -> list[str]:
+    """The schedulers' names, for the shell."""
+    from sdrt.plan import SCHEDULERS
+
+    return [name for name in SCHEDULERS if name.startswith(incomplete)]
+
+
+def run(
+    bundle: BundleFolder,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PNG", help="The image; several become NAME-1.png …")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="What to draw; may be empty.", show_default=False)
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to keep away from.", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", "--num-inference-steps", metavar="N", help="Denoising steps. Default: 50.", show_default=False
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            "--guidance-scale",
+            "--cfg-scale",
+            metavar="S",
+            help="How closely to follow the prompt; 1 is without guidance. Default: 7.5.",
+            show_default=False,
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="ddim, pndm, euler, euler_karras, dpmpp_2m, dpmpp_2m_karras. Default: the model's own.",
+            autocompletion=complete_scheduler,
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Image i of several is made with N + i. Default: chosen and told.", show_default=False
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="In pixels. Default: the model's own.", show_default=False)
+    ] = None,
+    width: Annotated[int | None, typer.Option(metavar="W", help="Instead of --size.", show_default=False)] = None,
+    height: Annotated[int | None, typer.Option(metavar="H", help="Instead of --size.", show_default=False)] = None,
+    images: Annotated[
+        int | None,
+        typer.Option("--num-images", "-n", metavar="N", help="Images to draw. Default: 1.", show_default=False),
+    ] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="Also write all images in one, as NAME-grid.png.")] = False,
+    from_image: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Draw an image of sdrt again; options given here win.", show_default=False),
+    ] = None,
+    threads: Threads = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw PROMPT with a bundle."""
+    tall, wide = chosen_size(size, width, height)
+    given = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "height": tall,
+        "width": wide,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": scheduler,
+        "seed": seed,
+        "num_images_per_prompt": images,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    remembered = {} if from_image is None else _remembered(from_image)
+    request, sealed = _request(bundle, remembered, options)
+    paths = numbered(out, request.num_images_per_prompt)
+    sheet = out.with_name(f"{out.stem}-grid{out.suffix}") if grid else None
+    check_outputs([*paths, *([] if sheet is None else [sheet])], ".png", force=force)
+    with progress_bar() as progress:
+        result = draw(sealed, request, threads=threads, progress=progress)
+    for warning in result.warnings:
+        print_warning(warning)
+    _save(result, paths, sheet, force=force)
+    emit(_record(result, paths, sheet), _summary(result, paths, sheet), as_json=as_json)
+
+
+def draw(bundle: "Bundle", request: "Request", *, threads: int | None, progress: "Progress") -> "Result":
+    """Open the engines and draw one request, reporting each step."""
+    from sdrt.pipeline import Pipeline
+    from sdrt.runners import open_runner
+
+    progress("loading the engines", 0, 1)
+    with Pipeline(bundle, open_runner(bundle, threads=threads)) as pipeline:
+        for event in pipeline.stream(request):
+            progress("drawing", event.row, event.rows)
+            if event.result is not None:
+                return event.result
+    raise RuntimeError("the last step carried no result")
+
+
+def _request(folder: Path, remembered: Mapping[str, Any], options: Mapping[str, Any]) -> "tuple[Request, Bundle]":
+    """The request, checked against the bundle before its engines are loaded. Raises RequestError, BundleError."""
+    from sdrt.bundle import Bundle
+    from sdrt.request import Request, resolve_request
+
+    bundle = Bundle.open(folder)
+    model = bundle.manifest.model
+    if remembered and remembered.get("model_identity") != model.identity:
+        print_warning(
+            f"the image was made with another model ({remembered.get('model')!r}), so it will not be the same"
+        )
+    fields = {name: remembered[name] for name in REQUEST_FIELDS if name in remembered} | options
+    if "prompt" not in fields:
+        raise RequestError("there is no prompt", hint='give a PROMPT (it may be ""), or an image of sdrt: --from-image')
+    if fields.get("scheduler") == model.scheduler_class:
+        fields["scheduler"] = None
+    if not isinstance(fields.get("scheduler"), str | None):
+        raise RequestError(f"the scheduler is {fields['scheduler']!r}, not a name", hint="give one with --scheduler")
+    request = Request(**fields)
+    resolved = resolve_request(request, bundle.manifest)
+    return replace(request, seed=resolved.seed), bundle
+
+
+def _remembered(image: Path) -> dict[str, Any]:
+    from sdrt.image import read_parameters
+
+    parameters = read_parameters(image)
+    if "prompt" not in parameters:
+        raise RequestError(f"{image} was not drawn from a prompt", hint="pass an image that `sdrt run` wrote")
+    return parameters
+
+
+def _save(result: "Result", paths: Sequence[Path], sheet: Path | None, *, force: bool) -> None:
+    from sdrt.image import grid
+
+    with written_together() as write:
+        for index, path in enumerate(paths):
+            write(result.images[index], path, result.parameters(index), force)
+        if sheet is not None:
+            shared = result.parameters(0) | {"num_images_per_prompt": len(paths)}
+            write(grid(result.images), sheet, shared, force)
+
+
+@contextlib.contextmanager
+def written_together() -> "Iterator[Any]":
+    """Yields a function that writes an image; when the block fails, new files that it wrote are removed."""
+    from sdrt.image import save_png
+
+    fresh: list[Path] = []
+
+    def write(image: "Image", path: Path, parameters: "Mapping[str, JsonValue]", force: bool) -> None:
+        existed = path.exists()
+        save_png(image, path, parameters, overwrite=force)
+        if not existed:
+            fresh.append(path)
+
+    try:
+        yield write
+    except BaseException:
+        for path in fresh:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _record(result: "Result", paths: Sequence[Path], sheet: Path | None) -> "dict[str, JsonValue]":
+    timings = result.timings
+    return {
+        "images": [{"path": str(path), "parameters": result.parameters(index)} for index, path in enumerate(paths)],
+        "grid": None if sheet is None else str(sheet),
+        "seed": result.request.seed,
+        "seconds": {
+            "text_encoder": timings.text_encoder_seconds,
+            "steps": list(timings.step_seconds),
+            "vae_decoder": timings.vae_decoder_seconds,
+            "total": timings.total_seconds,
+        },
+        "warnings": list(result.warnings),
+    }
+
+
+def _summary(result: "Result", paths: Sequence[Path], sheet: Path | None) -> "list[Text]":
+    request, timings = result.request, result.timings
+    count, stepping = len(timings.step_seconds), sum(timings.step_seconds)
+    seeds = str(request.seed) if len(paths) == 1 else f"{request.seeds[0]} to {request.seeds[-1]}"
+    names = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
+    rows = [
+        ("image" if len(paths) == 1 else "images", names),
+        *([] if sheet is None else [("grid", str(sheet))]),
+        ("seed" if len(paths) == 1 else "seeds", seeds),
+        ("size", f"{request.width}x{request.height}"),
+        ("text encoder", seconds_text(timings.text_encoder_seconds)),
+        (
+            "denoising",
+            f"{seconds_text(stepping)} ({count} times {seconds_text(stepping / count)}, {request.scheduler})",
+        ),
+        ("VAE decoder", seconds_text(timings.vae_decoder_seconds)),
+        ("total", seconds_text(timings.total_seconds)),
+    ]
+    return facts(rows)

@@ -1,0 +1,112 @@
+"""Verifying a sealed bundle on this machine: every hash, then the golden image drawn again and compared."""
+
+import math
+import time
+import zipfile
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from sdrt.bundle import Bundle, GoldenRecord, ParityRecord, verify_files
+from sdrt.errors import BundleError, ParityError
+from sdrt.pipeline import Pipeline
+from sdrt.progress import Progress, silent
+from sdrt.request import Request
+from sdrt.runners import open_runner
+
+Pixels = npt.NDArray[np.uint8]
+
+LARGEST_PSNR_DB = 100.0  # stands for equal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What was found: how many files and bytes have their hash, and the golden image's parity, then and now."""
+
+    files: int
+    size_bytes: int
+    sealed: ParityRecord
+    parity: ParityRecord
+    seconds: float
+
+
+def verify_bundle(bundle: Bundle, *, threads: int | None = None, progress: Progress = silent) -> Verification:
+    """Check a bundle as a whole on this machine.
+
+    BundleError: a file is not the one that was sealed. BackendError: the engines do not run here.
+    ParityError: they run, but do not make the golden image.
+    """
+    began = time.perf_counter()
+    verify_files(bundle, progress)
+    golden = bundle.manifest.golden
+    expected = read_golden_image(bundle)
+    made = _draw(bundle, golden, threads, progress)
+    parity = replace(golden.parity, measured=difference(made, expected, golden.parity.metric))
+    if not meets(parity):
+        raise ParityError(
+            f"the golden image is off on this machine: {parity.metric} {parity.measured:.4g}, "
+            f"the seal allows {parity.bound:.4g}",
+            hint="rebuild the bundle on this machine with: sdrt build (--precision fp32 if it stays so)",
+        )
+    records = list(bundle.files())
+    return Verification(
+        files=len(records),
+        size_bytes=sum(record.size_bytes for record in records),
+        sealed=golden.parity,
+        parity=parity,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def read_golden_image(bundle: Bundle) -> Pixels:
+    """The reference's image in a bundle, uint8 [H, W, 3]. Raises BundleError."""
+    golden = bundle.manifest.golden
+    path = bundle.file(golden.file)
+    rebuild = "rebuild the bundle with: sdrt build"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            image = arrays["image"]
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path} cannot be read: {error}", hint=rebuild) from error
+    shape = (golden.height, golden.width, 3)
+    if image.dtype != np.uint8 or image.shape != shape:
+        raise BundleError(f"{path} holds {image.dtype} {image.shape}, not an image of {shape}", hint=rebuild)
+    pixels: Pixels = image
+    return pixels
+
+
+def difference(made: Pixels, expected: Pixels, metric: str) -> float:
+    """How far two images of equal shape, uint8, are apart, as a seal measures it: values in [0, 1] or decibels."""
+    error = np.abs(made.astype(np.float64) - expected) / 255
+    if metric == "psnr_db":
+        mean_square = float(np.mean(error**2))
+        return LARGEST_PSNR_DB if mean_square == 0 else min(LARGEST_PSNR_DB, -10 * math.log10(mean_square))
+    if metric == "max_relative":
+        return float(error.max()) / max(float(expected.max()) / 255, 1 / 255)
+    return float(error.max())
+
+
+def meets(parity: ParityRecord) -> bool:
+    """Whether a measured parity is within its bound; a NaN never is."""
+    if parity.metric == "psnr_db":
+        return parity.measured >= parity.bound
+    return parity.measured <= parity.bound
+
+
+def _draw(bundle: Bundle, golden: GoldenRecord, threads: int | None, progress: Progress) -> Pixels:
+    progress("loading the engines", 0, 1)
+    request = Request(
+        prompt=golden.prompt,
+        seed=golden.seed,
+        num_inference_steps=golden.num_inference_steps,
+        guidance_scale=golden.guidance_scale,
+        height=golden.height,
+        width=golden.width,
+    )
+    with Pipeline(bundle, open_runner(bundle, threads=threads)) as pipeline:
+        for event in pipeline.stream(request):
+            progress("golden image", event.row, event.rows)
+            if event.result is not None:
+                return np.asarray(event.result.images[0], np.uint8)
+    raise RuntimeError("the last step carried no result")
