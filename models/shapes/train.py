@@ -301,13 +301,16 @@ def package(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(out)
+    # DDIM has no such field, but a PNDM made from this config needs it, as in Stable Diffusion 2.1.
+    path = out / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"skip_prk_steps": True}, indent=2) + "\n")
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--work", type=Path, default=Path("build/shapes"))
     arguments.add_argument("--out", type=Path, default=Path("models/shapes/checkpoint"))
-    arguments.add_argument("--vae-iterations", type=int, default=4_000)
+    arguments.add_argument("--vae-iterations", type=int, default=4_200)
     arguments.add_argument("--denoiser-iterations", type=int, default=3_600)
     options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
