@@ -45,6 +45,8 @@ def trace_to_onnx(
     for name, value in list(program.model.graph.initializers.items()):
         if name.startswith(WRAPPER_PREFIX):
             value.name = name.removeprefix(WRAPPER_PREFIX)
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of this machine
     program.save(path, include_initializers=True, external_data=True)
     # By path: a model over 2 GiB cannot be checked in memory (onnx issues 4394 and 6556).
     onnx.checker.check_model(path)

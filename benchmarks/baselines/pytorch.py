@@ -1,4 +1,4 @@
-"""diffusers on PyTorch as a contestant: python -m sdrt.benchmarks.baselines.pytorch MODEL [--precision bf16] [--compile]."""
+"""diffusers on PyTorch as a contestant: python -m sdrt.benchmarks.baselines.pytorch MODEL [--precision bf16]."""
 
 import argparse
 import time
