@@ -14,9 +14,18 @@ from typing import IO, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+import sdrt
 from sdrt.errors import BackendError
 
 Picture = npt.NDArray[np.uint8]
+
+SDRT = "sdrt"
+PYTORCH_FP32 = "PyTorch eager fp32"
+PYTORCH_BF16 = "PyTorch eager bf16"
+PYTORCH_COMPILE = "PyTorch compile fp32"
+OPENVINO_GENAI = "OpenVINO GenAI"
+
+_GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,16 +49,30 @@ class Drawing:
 
 
 class Contestant:
-    """A running contestant. `load_seconds` is from the start of its process until it can draw."""
+    """A running contestant. `load_seconds` is from the start of its process until it can draw.
+
+    `described` holds its version, and of the load the seconds of imports and of opening the model.
+    """
 
     def __init__(self, spec: ContestantSpec) -> None:
         self.spec = spec
         self._log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         began = time.perf_counter()
-        self._process = subprocess.Popen(
-            spec.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
-        self.described: Mapping[str, Any] = self._read()["ready"]
+        try:
+            self._process = subprocess.Popen(
+                spec.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+            )
+        except OSError as error:
+            self._log.close()
+            raise BackendError(
+                f"the contestant {spec.name} cannot be started: {spec.command[0]}: {error.strerror}",
+                hint="leave it out with --contestants, or install what it needs",
+            ) from error
+        try:
+            self.described: Mapping[str, Any] = self._read("ready")
+        except BaseException:
+            self.close()
+            raise
         self.load_seconds = time.perf_counter() - began
 
     def draw(self, case: Mapping[str, Any]) -> Drawing:
@@ -57,7 +80,7 @@ class Contestant:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "image.npy"
             self._write({"draw": dict(case), "image": str(path)})
-            timings = self._read()["drawn"]
+            timings = self._read("drawn")
             picture = np.load(path, allow_pickle=False)
         return Drawing(
             picture=picture,
@@ -72,8 +95,14 @@ class Contestant:
         """Stop the process."""
         if self._process.poll() is None:
             self._process.terminate()
-            self._process.wait()
-        self._log.close()
+            try:
+                self._process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            if stream is not None:
+                _close_quietly(stream)
 
     def __enter__(self) -> Self:
         return self
@@ -92,14 +121,23 @@ class Contestant:
         except BrokenPipeError:
             raise self._death() from None
 
-    def _read(self) -> Mapping[str, Any]:
+    def _read(self, kind: str) -> Mapping[str, Any]:
         if self._process.stdout is None:
             raise ValueError("the contestant was started without a pipe")
         line = self._process.stdout.readline()
         if not line:
             raise self._death()
-        message: Mapping[str, Any] = json.loads(line)
+        try:
+            message: Mapping[str, Any] = json.loads(line)[kind]
+        except (ValueError, KeyError, TypeError):
+            raise BackendError(
+                f"the contestant {self.spec.name} answered {line.strip()[:120]!r}", hint="run it alone: " + self._alone
+            ) from None
         return message
+
+    @property
+    def _alone(self) -> str:
+        return " ".join(self.spec.command)
 
     def _death(self) -> BackendError:
         self._process.wait()
@@ -107,16 +145,21 @@ class Contestant:
         lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
         last = lines[-1] if lines else "it printed nothing"
         code = self._process.returncode
+        if code == -9:
+            return BackendError(
+                f"the contestant {self.spec.name} was killed, most likely for want of memory",
+                hint="keep one contestant in memory at a time with: --resident 1",
+            )
         return BackendError(
             f"the contestant {self.spec.name} ended with code {code}: {last}",
-            hint="run it alone to see more: " + " ".join(self.spec.command),
+            hint="run it alone to see more: " + self._alone,
         )
 
 
 def compiled(bundle: Path, *, threads: int | None) -> ContestantSpec:
     """This runtime on a bundle."""
     command = (sys.executable, "-m", "sdrt.benchmarks.baselines.compiled", str(bundle))
-    return ContestantSpec(name="sdrt", command=(*command, *_threads(threads)))
+    return ContestantSpec(name=SDRT, command=(*command, *_threads(threads)))
 
 
 def pytorch(model: Path, precision: str, *, threads: int | None, compile_unet: bool = False) -> ContestantSpec:
@@ -130,8 +173,17 @@ def pytorch(model: Path, precision: str, *, threads: int | None, compile_unet: b
 def openvino_genai(model_ir: Path, python: Path, *, threads: int | None) -> ContestantSpec:
     """OpenVINO GenAI under the interpreter of its own environment, on the model as its own tools convert it."""
     script = Path(__file__).parent / "baselines" / "openvino_genai.py"
-    return ContestantSpec(name="OpenVINO GenAI", command=(str(python), str(script), str(model_ir), *_threads(threads)))
+    runtime = Path(sdrt.__file__).resolve().parent.parent
+    command = (str(python), str(script), str(model_ir), "--runtime", str(runtime))
+    return ContestantSpec(name=OPENVINO_GENAI, command=(*command, *_threads(threads)))
 
 
 def _threads(threads: int | None) -> Sequence[str]:
     return () if threads is None else ("--threads", str(threads))
+
+
+def _close_quietly(stream: IO[str]) -> None:
+    try:
+        stream.close()
+    except BrokenPipeError:  # what was still to be sent to a dead contestant
+        return

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from sdrt._version import VERSION
 from sdrt.bundle import JsonValue
@@ -12,18 +14,39 @@ _PACKAGES = ("torch", "diffusers", "transformers", "openvino", "onnxruntime", "o
 
 
 def describe_machine() -> dict[str, JsonValue]:
-    """CPU, cores, memory, system and the versions of everything that computes."""
+    """CPU, cores, memory, system, how busy it was, and the versions of everything that computes."""
+    features: list[JsonValue] = [*sorted(cpu_features())]
+    packages: dict[str, JsonValue] = {name: found for name in _PACKAGES if (found := _version(name)) is not None}
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": cpu_name(),
-        "cpu_features": [*sorted(cpu_features())],
+        "cpu_features": features,
         "cores": available_cores(),
         "memory_gib": round(memory_bytes / 2**30, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "sdrt": VERSION,
-        "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "commit": source_commit(),
+        "packages": packages,
     }
+
+
+def source_commit() -> str | None:
+    """The git commit that this source is at, with "+changes" when files differ from it; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return None
+    return f"{commit}+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:

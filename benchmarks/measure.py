@@ -1,20 +1,28 @@
-"""Statistics of repeated timings: percentiles, and confidence intervals of ratios between contestants."""
+"""Statistics of repeated timings: percentiles, confidence intervals of ratios, and distances between pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 _RESAMPLES = 4_000
+_INTERVAL = (2.5, 97.5)  # percentiles of the resampled values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """A set of timings in seconds."""
+    """A set of timings in seconds. `low` to `high` is the 95 % bootstrap interval of the median.
+
+    A percentile past what `count` timings can resolve is close to their maximum: read it beside `count`.
+    """
 
     count: int
     median: float
+    low: float
+    high: float
     p90: float
+    p95: float
     p99: float
     minimum: float
     maximum: float
@@ -22,24 +30,37 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """How many times as long the other takes: median of the ratios pair by pair, with a 95 % interval."""
+    """How many times as long the other takes: the ratio of the medians, with its 95 % bootstrap interval."""
 
-    median: float
+    value: float
     low: float
     high: float
     pairs: int
 
 
-def spread(seconds: Sequence[float]) -> Spread:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """How far pictures are from the reference's on the same seeds, at worst over `pictures` of them."""
+
+    largest_difference: int  # of 255
+    psnr_db: float
+    pictures: int
+
+
+def spread(seconds: Sequence[float], *, seed: int = 0) -> Spread:
     """Summarise timings. Raises ValueError when there are none."""
-    if len(seconds) == 0:
+    if not len(seconds):
         raise ValueError("there are no timings to summarise")
     values = np.asarray(seconds, np.float64)
-    median, p90, p99 = np.percentile(values, [50, 90, 99])
+    median, p90, p95, p99 = np.percentile(values, [50, 90, 95, 99])
+    low, high = np.percentile(np.median(values[_resampled(len(values), seed)], axis=1), _INTERVAL)
     return Spread(
         count=len(values),
         median=float(median),
+        low=float(low),
+        high=float(high),
         p90=float(p90),
+        p95=float(p95),
         p99=float(p99),
         minimum=float(values.min()),
         maximum=float(values.max()),
@@ -47,20 +68,40 @@ def spread(seconds: Sequence[float]) -> Spread:
 
 
 def ratio(other: Sequence[float], ours: Sequence[float], *, seed: int = 0) -> Ratio:
-    """other / ours, pair by pair: both were measured in the same round, so drift of the machine cancels.
+    """median(other) / median(ours), where other[i] and ours[i] were measured in the same round.
 
-    The interval is the bootstrap percentile interval of the median over resampled pairs.
+    The rounds are resampled as pairs, so a machine that was slow for a round was slow for both.
+    Raises ValueError when they are not pairs.
     """
-    if len(other) != len(ours) or len(ours) == 0:
+    if len(other) != len(ours) or not len(ours):
         raise ValueError(f"{len(other)} and {len(ours)} timings are not pairs")
-    pairs = np.asarray(other, np.float64) / np.asarray(ours, np.float64)
-    rng = np.random.default_rng(seed)
-    medians = np.median(pairs[rng.integers(0, len(pairs), (_RESAMPLES, len(pairs)))], axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return Ratio(median=float(np.median(pairs)), low=float(low), high=float(high), pairs=len(pairs))
+    theirs, own = np.asarray(other, np.float64), np.asarray(ours, np.float64)
+    picks = _resampled(len(own), seed)
+    ratios = np.median(theirs[picks], axis=1) / np.median(own[picks], axis=1)
+    low, high = np.percentile(ratios, _INTERVAL)
+    return Ratio(value=float(np.median(theirs) / np.median(own)), low=float(low), high=float(high), pairs=len(own))
 
 
-def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
+def parity(pictures: Sequence[npt.NDArray[np.uint8]], references: Sequence[npt.NDArray[np.uint8]]) -> Parity:
+    """The worst of the pairs, each uint8 [H, W, 3]. Raises ValueError when they are not pairs of equal shapes."""
+    pairs = list(zip(pictures, references, strict=True))
+    if not pairs:
+        raise ValueError("there are no pictures to compare")
+    shapes = [(picture.shape, reference.shape) for picture, reference in pairs if picture.shape != reference.shape]
+    if shapes:
+        raise ValueError(f"a picture of shape {shapes[0][0]} cannot be compared with one of {shapes[0][1]}")
+    return Parity(
+        largest_difference=max(int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in pairs),
+        psnr_db=min(psnr(a, b) for a, b in pairs),
+        pictures=len(pairs),
+    )
+
+
+def psnr(actual: npt.NDArray[np.uint8], expected: npt.NDArray[np.uint8]) -> float:
     """Peak signal-to-noise ratio in dB of two uint8 images; infinite when they are equal."""
     error = np.mean((actual.astype(np.float64) - expected.astype(np.float64)) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
+
+
+def _resampled(count: int, seed: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, count, (_RESAMPLES, count))

@@ -1,39 +1,43 @@
-"""The report of a comparison: a table for the terminal, report.json, and a page that needs no other file."""
+"""The report of a comparison as data: verdicts, a table for the terminal, report.json, and the folder it is kept in."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import jinja2
 import msgspec
 import numpy as np
 from PIL import Image
 
+from sdrt.benchmarks.cases import Case
 from sdrt.benchmarks.contestants import Drawing
-from sdrt.benchmarks.run import Case, Record, Row
+from sdrt.benchmarks.measure import Parity
+from sdrt.benchmarks.page import page
+from sdrt.benchmarks.run import Record, Row, Start
 from sdrt.bundle import JsonValue
 from sdrt.files import staged_directory
 
-SCHEMA_VERSION = 1
-DIFFERENCE_GAIN = 16
-_COLOURS = ("#2f6fde", "#8a8f98", "#b07d2b", "#3c9a6c", "#a4508b")
+SCHEMA_VERSION = 2
+FP32_LEVELS = 1  # of 255, on every pixel
+BF16_PSNR_DB = 35.0
+
+ParityVerdict = Literal["held", "missed", "not checked"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """Something the comparison had to reach."""
+    """Something the comparison had to reach. `measured` is None where the peer it names did not run."""
 
     name: str
-    measured: float
+    measured: float | None
+    low: float | None
+    high: float | None
     bound: float
 
     @property
     def met(self) -> bool:
-        """Whether the measured value is at least the bound."""
-        return self.measured >= self.bound
+        """Whether it was measured, and is at least the bound."""
+        return self.measured is not None and self.measured >= self.bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,35 +48,68 @@ class Report:
     command: str
     machine: Mapping[str, Any]
     bundle: Mapping[str, Any]
+    settings: Mapping[str, JsonValue]
     cases: Sequence[Case]
     rows: Sequence[Row]
     records: Sequence[Record]
+    reference: str
     bars: Sequence[Bar]
-    extra: Mapping[str, Any]
-    valid: bool
+    extra: Mapping[str, JsonValue]
+    parity: ParityVerdict
+
+    @property
+    def valid(self) -> bool | None:
+        """Whether the pictures are what the bundle promises; None where nobody drew a reference."""
+        return None if self.parity == "not checked" else self.parity == "held"
+
+
+def parity_verdict(rows: Sequence[Row], precision: str) -> ParityVerdict:
+    """Whether this runtime's pictures are as close to the reference as its precision promises."""
+    (ours,) = (row for row in rows if row.ours)
+    if ours.parity is None:
+        return "not checked"
+    if precision == "fp32":
+        return "held" if ours.parity.largest_difference <= FP32_LEVELS else "missed"
+    return "held" if ours.parity.psnr_db >= BF16_PSNR_DB else "missed"
+
+
+def bars_of(bars: Mapping[str, tuple[str, str, float]], rows: Sequence[Row]) -> list[Bar]:
+    """The bars with what was measured. A bar's kind is "step", "total" or "start"."""
+    by_name = {row.name: row for row in rows}
+    made = []
+    for name, (kind, peer, bound) in bars.items():
+        row = by_name.get(peer)
+        ratios = {} if row is None else {"step": row.step_ratio, "total": row.total_ratio, "start": row.start_ratio}
+        ratio = ratios.get(kind)
+        made.append(
+            Bar(
+                name=name,
+                measured=None if ratio is None else ratio.value,
+                low=None if ratio is None else ratio.low,
+                high=None if ratio is None else ratio.high,
+                bound=bound,
+            )
+        )
+    return made
+
+
+def bars_text(bars: Sequence[Bar]) -> list[str]:
+    """A line for each bar."""
+    return [
+        f"{'met   ' if bar.met else 'MISSED'} {bar.name}: "
+        + ("not measured" if bar.measured is None else f"{bar.measured:.2f} [{bar.low:.2f}, {bar.high:.2f}]")
+        + f", at least {bar.bound:.2f}"
+        for bar in bars
+    ]
 
 
 def table_text(rows: Sequence[Row]) -> str:
     """The table as plain text."""
-    head = (
-        "",
-        "load s",
-        "1st image s",
-        "step ms",
-        "p90",
-        "VAE ms",
-        "image s",
-        "p90",
-        "x step",
-        "x image",
-        "peak MiB",
-        "parity",
-    )
-    lines = [head, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    head = ("", "load s", "1st image s", "step ms", "p90", "p99", "VAE ms", "image s", "p90", "p99")
+    lines = [(*head, "x step", "x image", "x start", "peak MiB", "parity"), *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = []
-    for line in lines:
-        first, *rest = line
+    for first, *rest in lines:
         padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
         text.append("  ".join([first.ljust(widths[0]), *padded]).rstrip())
     return "\n".join(text)
@@ -84,131 +121,73 @@ def report_json(report: Report) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "title": report.title,
         "command": report.command,
+        "parity": report.parity,
         "valid": report.valid,
+        "reference": report.reference,
         "machine": dict(report.machine),
         "bundle": dict(report.bundle),
+        "settings": dict(report.settings),
         "cases": [case.arguments() for case in report.cases],
         "rows": [_finite(msgspec.to_builtins(asdict(row))) for row in report.rows],
-        "rounds": {
-            record.name: [_timings(drawing) for drawing in (record.first, *record.rounds)] for record in report.records
-        },
+        "raw": {record.name: _raw(record) for record in report.records},
         "bars": [asdict(bar) | {"met": bar.met} for bar in report.bars],
         "extra": dict(report.extra),
     }
 
 
 def write_report(report: Report, out: Path, *, overwrite: bool = False) -> None:
-    """Write report.json, report.html and the pictures into the new folder `out`."""
+    """Write report.json, report.html and each contestant's first picture into the new folder `out`."""
     with staged_directory(out, overwrite=overwrite) as staged:
         text = msgspec.json.format(msgspec.json.encode(report_json(report)), indent=2)
         (staged / "report.json").write_bytes(text + b"\n")
         (staged / "report.html").write_text(page(report), encoding="utf-8")
         for record in report.records:
             name = record.name.lower().replace(" ", "-")
-            Image.fromarray(record.first.picture).save(staged / f"{name}.png")
-
-
-def page(report: Report) -> str:
-    """The page, with its plots and pictures inside."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    colours = {record.name: _COLOURS[index % len(_COLOURS)] for index, record in enumerate(report.records)}
-    longest = max(row.total.median for row in report.rows)
-    return environment.get_template("report.html").render(
-        report=report,
-        colours=colours,
-        stages=[_stage_bar(row, longest) for row in report.rows],
-        steps=_step_plot(report.records, colours),
-        pictures=[_picture(record, _reference(report)) for record in report.records],
-        gain=DIFFERENCE_GAIN,
-        plot_width=PLOT_WIDTH,
-        plot_height=PLOT_HEIGHT,
-    )
-
-
-PLOT_WIDTH, PLOT_HEIGHT = 920, 240
-_PLOT_LEFT = 64
-
-
-def _reference(report: Report) -> Record:
-    return next((record for record in report.records if "fp32" in record.name), report.records[0])
-
-
-def _stage_bar(row: Row, longest: float) -> dict[str, Any]:
-    """Where the seconds of an image go, as shares of the slowest contestant's image."""
-    steps = sum_of_steps(row)
-    parts = {"text encoder": row.text_encoder.median, "steps": steps, "VAE decoder": row.vae_decoder.median}
-    other = max(row.total.median - sum(parts.values()), 0.0)
-    shares = {name: 100 * seconds / longest for name, seconds in (*parts.items(), ("other", other))}
-    return {"name": row.name, "seconds": row.total.median, "shares": shares}
-
-
-def sum_of_steps(row: Row) -> float:
-    """Seconds of all network evaluations of a median image."""
-    return max(row.total.median - row.text_encoder.median - row.vae_decoder.median, 0.0)
-
-
-def _step_plot(records: Sequence[Record], colours: Mapping[str, str]) -> dict[str, Any]:
-    """Median seconds of each network evaluation, as polylines."""
-    lines = {
-        record.name: np.median(np.array([drawing.step_seconds for drawing in record.rounds]), axis=0)
-        for record in records
-    }
-    top = max(float(line.max()) for line in lines.values()) * 1.1
-    count = max(len(line) for line in lines.values())
-    span = PLOT_WIDTH - _PLOT_LEFT - 12
-
-    def points(line: np.ndarray) -> str:
-        width = span / max(count - 1, 1)
-        return " ".join(
-            f"{_PLOT_LEFT + index * width:.1f},{PLOT_HEIGHT - 24 - value / top * (PLOT_HEIGHT - 40):.1f}"
-            for index, value in enumerate(line)
-        )
-
-    ticks = [(PLOT_HEIGHT - 24 - share * (PLOT_HEIGHT - 40), f"{share * top * 1000:.0f} ms") for share in (0, 0.5, 0.9)]
-    return {
-        "lines": [{"name": name, "colour": colours[name], "points": points(line)} for name, line in lines.items()],
-        "ticks": ticks,
-        "left": _PLOT_LEFT,
-        "count": count,
-    }
-
-
-def _picture(record: Record, reference: Record) -> dict[str, str]:
-    ours, truth = record.first.picture.astype(int), reference.first.picture.astype(int)
-    difference = np.clip(np.abs(ours - truth) * DIFFERENCE_GAIN, 0, 255).astype(np.uint8)
-    return {
-        "name": record.name,
-        "image": _data_uri(record.first.picture),
-        "difference": "" if record is reference else _data_uri(difference),
-    }
-
-
-def _data_uri(pixels: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+            Image.fromarray(record.starts[0].first.picture).save(staged / f"{name}.png")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    ratios = ("1.00", "1.00")
-    if row.step_ratio is not None and row.total_ratio is not None:
-        ratios = (f"{row.step_ratio.median:.2f}", f"{row.total_ratio.median:.2f}")
-    match = "reference" if row.parity is None else f"{row.parity.largest_difference}/255 {row.parity.psnr_db:.1f} dB"
+    ratios = [
+        "1" if ratio is None else f"{ratio.value:.2f}" for ratio in (row.step_ratio, row.total_ratio, row.start_ratio)
+    ]
+    match = "-" if row.parity is None else _parity_text(row.parity)
     return (
         row.name,
-        f"{row.load_seconds:.2f}",
-        f"{row.first_image_seconds:.2f}",
+        f"{row.load.median:.2f}",
+        f"{row.first_image.median:.2f}",
         f"{row.step.median * 1000:.1f}",
         f"{row.step.p90 * 1000:.1f}",
+        f"{row.step.p99 * 1000:.1f}",
         f"{row.vae_decoder.median * 1000:.1f}",
         f"{row.total.median:.3f}",
         f"{row.total.p90:.3f}",
+        f"{row.total.p99:.3f}",
         *ratios,
         f"{row.peak_bytes / 2**20:.0f}",
         match,
     )
+
+
+def _parity_text(parity: Parity) -> str:
+    if parity.largest_difference == 0:
+        return "equal"
+    return f"{parity.largest_difference}/255 {parity.psnr_db:.1f} dB"
+
+
+def _raw(record: Record) -> dict[str, JsonValue]:
+    return {
+        "starts": [_start(start) for start in record.starts],
+        "rounds": [_timings(drawing) for drawing in record.rounds],
+    }
+
+
+def _start(start: Start) -> dict[str, JsonValue]:
+    return {
+        "load_seconds": start.load_seconds,
+        "import_seconds": start.import_seconds,
+        "open_seconds": start.open_seconds,
+        "first": _timings(start.first),
+    }
 
 
 def _timings(drawing: Drawing) -> dict[str, JsonValue]:
@@ -217,6 +196,7 @@ def _timings(drawing: Drawing) -> dict[str, JsonValue]:
         "text_encoder_seconds": drawing.text_encoder_seconds,
         "step_seconds": list(drawing.step_seconds),
         "vae_decoder_seconds": drawing.vae_decoder_seconds,
+        "peak_bytes": drawing.peak_bytes,
     }
 
 

@@ -1,23 +1,24 @@
 """Step-level continuous batching: many callers, one running batch that requests join and leave at any step.
 
-State is what `_Active` holds, policy is `admit` and `choose_step`, execution is the pipeline's; the worker thread is
-the only one that touches the pipeline.
+State is what `_Active` holds, policy is `admit` and `choose_size`, execution is the pipeline's; the worker thread is
+the only one that computes. Its turn is: let requests leave and join, one step for one size, one image decoded.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
+from PIL import Image
+
 from sdrt.denoiser import step_trajectories
-from sdrt.errors import BusyError, Cancelled, RequestError, SdrtError
+from sdrt.errors import BackendError, BusyError, Cancelled, RequestError
 from sdrt.pipeline import Pipeline, Prepared, Result
 from sdrt.request import Request, ResolvedRequest
-from sdrt.trajectory import Trajectory
 
 TicketState = Literal["queued", "running", "done", "failed", "cancelled"]
 Size = tuple[int, int]
@@ -51,6 +52,8 @@ class Ticket:
         """Where the request is now."""
         if not self.future.done():
             return "running" if self._running else "queued"
+        if self.future.cancelled():
+            return "cancelled"
         error = self.future.exception()
         if error is None:
             return "done"
@@ -58,7 +61,10 @@ class Ticket:
 
     def result(self, timeout: float | None = None) -> Result:
         """Wait for the images. Raises what stopped the request, or TimeoutError after `timeout` seconds."""
-        return self.future.result(timeout)
+        try:
+            return self.future.result(timeout)
+        except CancelledError:  # of the bare future
+            raise _cancelled() from None
 
     def done(self) -> bool:
         """Whether `result` would return or raise at once."""
@@ -87,6 +93,8 @@ class _Active:
     prepared: Prepared
     began: float
     step_seconds: list[float] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+    vae_decoder_seconds: float = 0.0
 
     @property
     def size(self) -> Size:
@@ -97,11 +105,15 @@ class _Active:
         return all(trajectory.finished for trajectory in self.prepared.trajectories)
 
 
-def admit(waiting: Sequence[int], running: int, max_batch: int) -> int:
+def admit(waiting: Sequence[int], running: int, max_batch: int, *, undecoded: int = 0) -> int:
     """How many of the waiting requests may join now, first come, first served.
 
-    waiting: how many trajectories each waiting request needs; running: how many are running already.
+    waiting: how many trajectories each waiting request needs; running: how many are being denoised already;
+    undecoded: how many are denoised and wait for the VAE. These leave their place to others, until a whole batch of
+    them waits: so no more than twice `max_batch` trajectories are ever held.
     """
+    if undecoded >= max_batch:
+        return 0
     free, count = max_batch - running, 0
     for needed in waiting:
         if needed > free:
@@ -138,7 +150,8 @@ class Batcher:
         self._waiting: deque[Ticket] = deque()
         self._active: list[_Active] = []
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._stopping = False
+        self._joining: Ticket | None = None
         self._last_size: Size | None = None
         self._steps = self._stepped = 0
         self._outcomes = {"done": 0, "failed": 0, "cancelled": 0}
@@ -177,14 +190,16 @@ class Batcher:
             )
 
     def close(self, *, drain: bool = True) -> None:
-        """Stop. Accepted requests finish first, or with `drain=False` raise Cancelled. The pipeline stays open."""
+        """Stop. Accepted requests finish first, or with `drain=False` raise Cancelled. The pipeline stays open.
+
+        Waits for the worker, except when called by it, that is, from a callback of a ticket's future.
+        """
         with self._changed:
             self._closing = True
-            if not drain:
-                for ticket in (*self._waiting, *(item.ticket for item in self._active)):
-                    ticket._cancel_asked = True
+            self._stopping = self._stopping or not drain
             self._changed.notify_all()
-        self._worker.join()
+        if threading.current_thread() is not self._worker:
+            self._worker.join()
 
     def __enter__(self) -> Self:
         return self
@@ -199,74 +214,118 @@ class Batcher:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._waiting or self._active or self._closing):
-                    self._changed.wait()
-                if self._closing and not (self._waiting or self._active):
-                    return
-            self._drop_cancelled()
-            self._join_waiting()
-            if self._active:
+        try:
+            while self._has_work():
+                self._drop_cancelled()
+                self._join_waiting()
                 self._step()
+                self._decode()
+        finally:
+            self._abandon()
+
+    def _has_work(self) -> bool:
+        """Wait for something to do. False when the batcher is closed and there is nothing left."""
+        with self._changed:
+            while not (self._waiting or self._active or self._closing):
+                self._changed.wait()
+            return bool(self._waiting or self._active)
+
+    def _abandon(self) -> None:
+        """Let nobody wait for a worker that is gone. After an orderly end there is nobody left."""
+        with self._changed:
+            self._closing = True
+            joining = [] if self._joining is None else [self._joining]
+            left = [*joining, *(item.ticket for item in self._active), *self._waiting]
+            self._active.clear()
+            self._waiting.clear()
+        for ticket in left:
+            self._settle(ticket, BackendError("the batcher's worker has stopped", hint="make a new batcher"))
 
     def _drop_cancelled(self) -> None:
         with self._changed:
             # Asked once for each: a caller may cancel between two looks at the same ticket.
-            dropped = [ticket for ticket in self._waiting if _is_cancelled(ticket)]
+            dropped = [ticket for ticket in self._waiting if self._is_cancelled(ticket)]
             for ticket in dropped:
                 self._waiting.remove(ticket)
         for ticket in dropped:
             self._settle(ticket, _cancelled())
-        for item in [item for item in self._active if _is_cancelled(item.ticket)]:
+        for item in [item for item in self._active if self._is_cancelled(item.ticket)]:
             self._leave(item, _cancelled())
 
     def _join_waiting(self) -> None:
-        running = sum(len(item.prepared.trajectories) for item in self._active)
+        undecoded, running = (
+            sum(len(item.prepared.trajectories) for item in self._active if item.finished is finished)
+            for finished in (True, False)
+        )
         with self._changed:
             needs = [ticket.request.num_images_per_prompt for ticket in self._waiting]
-            joining = [self._waiting.popleft() for _ in range(admit(needs, running, self.max_batch))]
-        for ticket in joining:
-            ticket._running = True
-            began = time.perf_counter()
-            try:
-                prepared = self._pipeline.prepare(ticket.request)
-            except Exception as error:  # whatever stops one request must not stop the others
-                self._settle(ticket, error)
-                continue
+        for _ in range(admit(needs, running, self.max_batch, undecoded=undecoded)):
             with self._changed:
-                self._active.append(_Active(ticket=ticket, prepared=prepared, began=began))
+                self._joining = self._waiting.popleft()
+            self._join(self._joining)
+            self._joining = None
+
+    def _join(self, ticket: Ticket) -> None:
+        ticket._running = True
+        began = time.perf_counter()
+        try:
+            prepared = self._pipeline.prepare(ticket.request)
+        except Exception as error:  # whatever stops one request must not stop the others
+            self._settle(ticket, error)
+            return
+        with self._changed:
+            self._active.append(_Active(ticket=ticket, prepared=prepared, began=began))
 
     def _step(self) -> None:
-        self._last_size = choose_size([item.size for item in self._active], self._last_size)
-        group = [item for item in self._active if item.size == self._last_size]
-        pairs = [(item, path) for item in group for path in item.prepared.trajectories if not path.finished]
-        stepping = time.perf_counter()
+        stepping = [item for item in self._active if not item.finished]
+        if not stepping:
+            return
+        self._last_size = choose_size([item.size for item in stepping], self._last_size)
+        group = [item for item in stepping if item.size == self._last_size]
+        trajectories = [trajectory for item in group for trajectory in item.prepared.trajectories]
+        began = time.perf_counter()
         try:
-            faults = step_trajectories(self._pipeline.runner, [path for _, path in pairs])
+            faults = step_trajectories(self._pipeline.runner, trajectories)
         except Exception as error:  # the backend failed: these requests fail, the worker lives on
             for item in group:
                 self._leave(item, error)
             return
-        elapsed = time.perf_counter() - stepping
+        elapsed = time.perf_counter() - began
         with self._changed:
             self._steps += 1
-            self._stepped += len(pairs)
+            self._stepped += len(trajectories)
         for item in group:
             item.step_seconds.append(elapsed)
-            self._settle_if_over(item, faults)
+            fault = next((faults[path] for path in item.prepared.trajectories if path in faults), None)
+            if fault is not None:
+                self._leave(item, fault)
 
-    def _settle_if_over(self, item: _Active, faults: Mapping[Trajectory, SdrtError]) -> None:
-        fault = next((faults[path] for path in item.prepared.trajectories if path in faults), None)
-        if fault is not None:
-            self._leave(item, fault)
-        elif item.finished:
-            try:
-                result = self._pipeline.finish(item.prepared, tuple(item.step_seconds), item.began)
-            except Exception as error:  # a failed decode is this request's alone
-                self._leave(item, error)
-                return
-            self._leave(item, result)
+    def _decode(self) -> None:
+        """Decode one image, so that those which are still being denoised wait for no more than that."""
+        item = next((item for item in self._active if item.finished), None)
+        if item is None:
+            return
+        began = time.perf_counter()
+        try:
+            item.images.append(self._pipeline.decode_trajectory(item.prepared.trajectories[len(item.images)]))
+        except Exception as error:  # a failed decode is this request's alone
+            self._leave(item, error)
+            return
+        item.vae_decoder_seconds += time.perf_counter() - began
+        if len(item.images) == len(item.prepared.trajectories):
+            self._leave(item, self._result(item))
+
+    def _result(self, item: _Active) -> Result:
+        return self._pipeline.finish(
+            item.prepared,
+            tuple(item.images),
+            step_seconds=tuple(item.step_seconds),
+            vae_decoder_seconds=item.vae_decoder_seconds,
+            began=item.began,
+        )
+
+    def _is_cancelled(self, ticket: Ticket) -> bool:
+        return self._stopping or ticket._cancel_asked or ticket.future.cancelled()
 
     def _leave(self, item: _Active, outcome: Result | BaseException) -> None:
         with self._changed:
@@ -274,14 +333,11 @@ class Batcher:
         self._settle(item.ticket, outcome)
 
     def _settle(self, ticket: Ticket, outcome: Result | BaseException) -> None:
-        kind = "done" if isinstance(outcome, Result) else "cancelled" if isinstance(outcome, Cancelled) else "failed"
+        cancelled = isinstance(outcome, Cancelled) or ticket.future.cancelled()
+        kind = "cancelled" if cancelled else "done" if isinstance(outcome, Result) else "failed"
         with self._changed:
             self._outcomes[kind] += 1
         ticket._settle(outcome)
-
-
-def _is_cancelled(ticket: Ticket) -> bool:
-    return ticket._cancel_asked or ticket.future.cancelled()
 
 
 def _cancelled() -> Cancelled:

@@ -1,7 +1,7 @@
 """`Pipeline`: one bundle ready to draw. Tokenise → embed → plan → loop → decode, as a generator of steps."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -76,12 +76,14 @@ class Result:
 class StepEvent:
     """One network evaluation of a request is done: `row` of `rows`. The last event carries the result.
 
-    latents: float32 [images, C, h, w] as they are now.
+    latents: float32 [images, C, h, w] as they are now. preview: when asked for, those latents as images, at the scale
+    in which the network sees them next: noise at first, the finished images at last.
     """
 
     row: int
     rows: int
     latents: FloatArray
+    preview: tuple[Image.Image, ...] | None = None
     result: Result | None = None
 
 
@@ -111,7 +113,12 @@ class Pipeline:
     def open(cls, path: Path | str, *, threads: int | None = None) -> Self:
         """Open a bundle and its engines. Raises BundleError, BackendError."""
         bundle = Bundle.open(path)
-        return cls(bundle, open_runner(bundle, threads=threads))
+        runner = open_runner(bundle, threads=threads)
+        try:
+            return cls(bundle, runner)
+        except BaseException:  # nobody else can release the engines
+            runner.close()
+            raise
 
     def generate(self, prompt: str | Request, **options: Any) -> Result:  # noqa: ANN401  (fields of Request)
         """Draw. `options` are the fields of `Request`; a bad one raises RequestError before any compute."""
@@ -122,9 +129,18 @@ class Pipeline:
             raise RuntimeError("the last step carried no result")
         return result
 
-    def stream(self, prompt: str | Request, **options: Any) -> Iterator[StepEvent]:  # noqa: ANN401
-        """Draw step by step. The request is checked now; closing the iterator stops the work."""
-        return self._run(self.resolve(as_request(prompt, options)))
+    def stream(
+        self,
+        prompt: str | Request,
+        *,
+        preview: bool = False,
+        **options: Any,  # noqa: ANN401
+    ) -> Generator[StepEvent, None, None]:
+        """Draw step by step. The request is checked now; closing the generator stops the work.
+
+        preview: decode the latents after every step, which costs one VAE decode an image each time.
+        """
+        return self._run(self.resolve(as_request(prompt, options)), preview=preview)
 
     def resolve(self, request: Request) -> ResolvedRequest:
         """Check a request against this bundle. Raises RequestError."""
@@ -149,22 +165,26 @@ class Pipeline:
             text_encoder_seconds=elapsed,
         )
 
-    def finish(self, prepared: Prepared, step_seconds: tuple[float, ...], began: float) -> Result:
-        """Decode the finished trajectories. `began` is the request's start on time.perf_counter."""
+    def finish(
+        self,
+        prepared: Prepared,
+        images: tuple[Image.Image, ...],
+        *,
+        step_seconds: tuple[float, ...],
+        vae_decoder_seconds: float,
+        began: float,
+    ) -> Result:
+        """The result of finished trajectories and their images. `began` is the start on time.perf_counter."""
         manifest = self.bundle.manifest
-        latents = np.stack([trajectory.latents for trajectory in prepared.trajectories])
-        decoding = time.perf_counter()
-        images = self._decode(latents)
-        now = time.perf_counter()
         return Result(
             images=images,
             request=prepared.request,
-            latents=latents,
+            latents=_latents_of(prepared),
             timings=Timings(
                 text_encoder_seconds=prepared.text_encoder_seconds,
                 step_seconds=step_seconds,
-                vae_decoder_seconds=now - decoding,
-                total_seconds=now - began,
+                vae_decoder_seconds=vae_decoder_seconds,
+                total_seconds=time.perf_counter() - began,
             ),
             warnings=prepared.warnings,
             made_with={
@@ -186,7 +206,7 @@ class Pipeline:
         if image.width % side or image.height % side:
             raise RequestError(
                 f"the image has {image.width}x{image.height} pixels; the VAE takes multiples of {side}",
-                hint=f"resize it, for example to {image.width // side * side}x{image.height // side * side}",
+                hint=f"resize it, for example to {_on_grid(image.width, side)}x{_on_grid(image.height, side)}",
             )
         noise = None
         if seed is not None:
@@ -211,6 +231,10 @@ class Pipeline:
             )
         return self._decode(latents)
 
+    def decode_trajectory(self, trajectory: Trajectory) -> Image.Image:
+        """The image of one finished trajectory. Raises ParityError when a value is not finite."""
+        return self._decode(trajectory.latents[None])[0]
+
     def close(self) -> None:
         """Release the engines."""
         self.runner.close()
@@ -223,21 +247,37 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _run(self, request: ResolvedRequest) -> Iterator[StepEvent]:
+    def _run(self, request: ResolvedRequest, *, preview: bool) -> Generator[StepEvent, None, None]:
         began = time.perf_counter()
         prepared = self.prepare(request)
         step_seconds: list[float] = []
-        rows, batch = len(request.plan), self.bundle.manifest.profile.max_batch
-        for row in range(rows):
-            stepping = time.perf_counter()
-            for first in range(0, len(prepared.trajectories), batch):
-                for fault in step_trajectories(self.runner, prepared.trajectories[first : first + batch]).values():
-                    raise fault
-            step_seconds.append(time.perf_counter() - stepping)
-            latents = np.stack([trajectory.latents for trajectory in prepared.trajectories])
-            last = row + 1 == rows
-            result = self.finish(prepared, tuple(step_seconds), began) if last else None
-            yield StepEvent(row=row + 1, rows=rows, latents=latents, result=result)
+        rows = len(request.plan)
+        for row in range(1, rows):
+            step_seconds.append(self._step(prepared))
+            latents = _latents_of(prepared)
+            shown = self._decode(latents * np.float32(request.plan.input_scales[row])) if preview else None
+            yield StepEvent(row=row, rows=rows, latents=latents, preview=shown)
+        step_seconds.append(self._step(prepared))
+        decoding = time.perf_counter()
+        images = tuple(self.decode_trajectory(trajectory) for trajectory in prepared.trajectories)
+        result = self.finish(
+            prepared,
+            images,
+            step_seconds=tuple(step_seconds),
+            vae_decoder_seconds=time.perf_counter() - decoding,
+            began=began,
+        )
+        shown = images if preview else None
+        yield StepEvent(row=rows, rows=rows, latents=result.latents, preview=shown, result=result)
+
+    def _step(self, prepared: Prepared) -> float:
+        """Advance every trajectory by one row, as many at once as the engines take; the seconds it took."""
+        stepping = time.perf_counter()
+        batch = self.bundle.manifest.profile.max_batch
+        for first in range(0, len(prepared.trajectories), batch):
+            for fault in step_trajectories(self.runner, prepared.trajectories[first : first + batch]).values():
+                raise fault
+        return time.perf_counter() - stepping
 
     def _lanes(self, request: ResolvedRequest) -> tuple[Lane, ...]:
         negative = self._prompts.encode(request.negative_prompt) if request.guided else None
@@ -265,6 +305,14 @@ class Pipeline:
             tile=self._tile,
         )
         return tuple(to_images(sample))
+
+
+def _latents_of(prepared: Prepared) -> FloatArray:
+    return np.stack([trajectory.latents for trajectory in prepared.trajectories])
+
+
+def _on_grid(length: int, side: int) -> int:
+    return max(length // side, 1) * side
 
 
 def as_request(prompt: str | Request, options: dict[str, Any]) -> Request:

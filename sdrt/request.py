@@ -1,15 +1,18 @@
 """What a caller asks for, and the one place where it is checked before anything is computed."""
 
 import math
+import numbers
+import reprlib
 import secrets
 from dataclasses import dataclass
 
 from sdrt.bundle import Manifest, ShapeProfile
 from sdrt.errors import RequestError
-from sdrt.plan import SamplingPlan, build_plan
+from sdrt.plan import SCHEDULERS, SamplingPlan, build_plan
 
 MAX_IMAGES = 64
 MAX_PROMPT_CHARACTERS = 100_000
+LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +73,6 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
     eta = _finite("eta", request.eta)
     if not 0 <= eta <= 1:
         raise RequestError(f"eta is {eta:g}", hint="give a number from 0 (no noise) to 1")
-    plan = build_plan(
-        scheduler_class=model.scheduler_class,
-        scheduler_config=model.scheduler_config,
-        num_inference_steps=steps,
-        scheduler=request.scheduler,
-        eta=eta,
-    )
     return ResolvedRequest(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
@@ -88,7 +84,7 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
         seed=_resolve_seed(request.seed, images),
         num_images_per_prompt=images,
         eta=eta,
-        plan=plan,
+        plan=_resolve_plan(request.scheduler, manifest, steps, eta),
     )
 
 
@@ -129,6 +125,26 @@ def _resolve_size(request: Request, manifest: Manifest) -> tuple[int, int]:
     return height, width
 
 
+def _resolve_plan(scheduler: object, manifest: Manifest, steps: int, eta: float) -> SamplingPlan:
+    model = manifest.model
+    if scheduler is not None and not isinstance(scheduler, str):
+        hint = f"choose one of: {', '.join(SCHEDULERS)}"
+        raise RequestError(f"scheduler is {type(scheduler).__name__}, not a name", hint=hint)
+    plan = build_plan(
+        scheduler_class=model.scheduler_class,
+        scheduler_config=model.scheduler_config,
+        num_inference_steps=steps,
+        scheduler=scheduler,
+        eta=eta,
+    )
+    if plan.slots > manifest.state_slots:
+        raise RequestError(
+            f"the scheduler keeps {plan.slots} states; this bundle has room for {manifest.state_slots}",
+            hint="choose another scheduler, or rebuild the bundle with: sdrt build",
+        )
+    return plan
+
+
 def _resolve_seed(seed: int | None, images: int) -> int:
     if seed is None:
         return secrets.randbelow(2**32)
@@ -146,14 +162,29 @@ def _check_text(name: str, text: object) -> None:
 
 
 def _whole(name: str, value: object, minimum: int, maximum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{name} is {value!r}, not a whole number", hint=f"give {minimum} to {maximum}")
-    if not minimum <= value <= maximum:
-        raise RequestError(f"{name} is {value}", hint=f"give a whole number from {minimum} to {maximum}")
-    return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise RequestError(f"{name} is {_shown(value)}, not a whole number", hint=f"give {minimum} to {maximum}")
+    whole = int(value)
+    if not minimum <= whole <= maximum:
+        raise RequestError(f"{name} is {_shown(whole)}", hint=f"give a whole number from {minimum} to {maximum}")
+    return whole
 
 
 def _finite(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise RequestError(f"{name} is {value!r}", hint="give a finite number")
-    return float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise RequestError(f"{name} is {_shown(value)}, not a number", hint="give a finite number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    # The engines compute in float32, where a larger number is infinite; NaN compares false.
+    if not abs(number) <= LARGEST_FLOAT32:
+        raise RequestError(f"{name} is {_shown(value)}", hint="give a finite number")
+    return number
+
+
+def _shown(value: object) -> str:
+    # Python refuses to write out integers of thousands of digits.
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"
+    return reprlib.repr(value)

@@ -109,14 +109,15 @@ def _follow(child: subprocess.Popen[str], progress: Progress) -> dict[str, JsonV
     if child.stdout is None:
         raise ValueError("the child was started without a pipe")
     outcome = None
-    for line in child.stdout:
-        message = json.loads(line)
-        if "progress" in message:
-            progress(*message["progress"])
-        elif "warning" in message:
-            warnings.warn(message["warning"], stacklevel=3)
-        else:
-            outcome = message
+    with child.stdout:
+        for line in child.stdout:
+            message = json.loads(line)
+            if "progress" in message:
+                progress(*message["progress"])
+            elif "warning" in message:
+                warnings.warn(message["warning"], stacklevel=3)
+            else:
+                outcome = message
     return outcome
 
 

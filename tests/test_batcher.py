@@ -116,6 +116,173 @@ def test_a_cancelled_request_says_so_and_leaves_within_a_step(fake):
         assert ticket.state == "cancelled"
 
 
+def test_a_cancelled_request_takes_part_in_no_further_step(fake):
+    reached, go_on = threading.Event(), threading.Event()
+
+    def pause(name, feeds):
+        if name == "step" and len(runner.batches) == 3:
+            reached.set()
+            go_on.wait(10)
+
+    runner = FakeRunner(before=pause)
+    with Batcher(fake(runner)) as batcher:
+        ticket = batcher.submit(Request(prompt="red", scheduler="ddim", num_inference_steps=50, seed=0))
+        assert reached.wait(10)
+        ticket.cancel()
+        go_on.set()
+        with pytest.raises(Cancelled):
+            ticket.result(10)
+    assert len(runner.batches) == 4
+
+
+def test_a_bare_future_that_is_cancelled_is_a_cancelled_ticket(fake):
+    with Batcher(fake(FakeRunner(before=lambda name, feeds: time.sleep(0.002)))) as batcher:
+        ticket = batcher.submit(Request(prompt="red", scheduler="ddim", num_inference_steps=990, seed=0))
+        assert ticket.future.cancel()
+        assert ticket.state == "cancelled"
+        with pytest.raises(Cancelled):
+            ticket.result(1)
+        assert batcher.submit(Request(prompt="red", num_inference_steps=2, seed=0)).result(10).images
+        assert batcher.stats().cancelled == 1
+
+
+def hold_until(event, order):
+    def before(name, feeds):
+        order.append(name)
+        event.wait(10)
+
+    return before
+
+
+def test_those_still_being_denoised_wait_for_one_decode_at_a_time(fake):
+    order, submitted = [], threading.Event()
+    with Batcher(fake(FakeRunner(before=hold_until(submitted, order)))) as batcher:
+        long = batcher.submit(Request(prompt="red", scheduler="ddim", num_inference_steps=40, seed=0))
+        short = [
+            batcher.submit(Request(prompt="red", scheduler="ddim", num_inference_steps=3, seed=seed))
+            for seed in range(4)
+        ]
+        several = batcher.submit(
+            Request(prompt="red", scheduler="ddim", num_inference_steps=3, seed=9, num_images_per_prompt=3)
+        )
+        submitted.set()
+        for ticket in [*short, several, long]:
+            assert ticket.result(20).images
+    decodes = [index for index, name in enumerate(order) if name == "vae_decoder"]
+    assert len(decodes) == 8
+    assert all(order[index - 1] == "step" for index in decodes)
+
+
+def test_images_that_wait_for_the_vae_leave_their_place_until_a_whole_batch_waits(fake):
+    held, submitted = [], threading.Event()
+
+    def count(name, feeds):
+        submitted.wait(10)
+        held.append(sum(len(item.prepared.trajectories) for item in batcher._active))
+
+    with Batcher(fake(FakeRunner(before=count)), max_batch=2) as batcher:
+        tickets = [
+            batcher.submit(Request(prompt="red", scheduler="ddim", num_inference_steps=1, seed=seed))
+            for seed in range(30)
+        ]
+        submitted.set()
+        assert all(ticket.result(20).images for ticket in tickets)
+    assert 2 < max(held) <= 4
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_no_one_waits_for_a_worker_that_is_gone(fake):
+    gate = threading.Event()
+
+    def leave(name, feeds):
+        gate.wait(10)
+        raise SystemExit(3)
+
+    batcher = Batcher(fake(FakeRunner(before=leave)))
+    tickets = [batcher.submit(Request(prompt="red", seed=seed)) for seed in range(3)]
+    gate.set()
+    for ticket in tickets:
+        with pytest.raises(BackendError, match="stopped"):
+            ticket.result(10)
+    batcher.close()
+    with pytest.raises(BusyError):
+        batcher.submit(Request(prompt="red", seed=0))
+
+
+def test_closing_without_draining_stops_a_request_that_is_just_joining(fake):
+    inside, go_on = threading.Event(), threading.Event()
+
+    def pause(name, feeds):
+        if name == "text_encoder":
+            inside.set()
+            go_on.wait(10)
+
+    runner = FakeRunner(before=pause)
+    batcher = Batcher(fake(runner))
+    ticket = batcher.submit(Request(prompt="red", scheduler="ddim", num_inference_steps=500, seed=0))
+    assert inside.wait(10)
+    closing = threading.Thread(target=batcher.close, kwargs={"drain": False})
+    closing.start()
+    while not batcher._stopping:
+        time.sleep(0.001)
+    go_on.set()
+    closing.join()
+    with pytest.raises(Cancelled):
+        ticket.result(0)
+    assert len(runner.batches) <= 1
+
+
+def test_a_batcher_can_be_closed_from_a_callback_and_leaves_no_thread(fake):
+    batcher = Batcher(fake())
+    errors = []
+
+    def close(future):
+        try:
+            batcher.close()
+        except Exception as error:
+            errors.append(error)
+
+    ticket = batcher.submit(Request(prompt="red", num_inference_steps=3, seed=0))
+    ticket.future.add_done_callback(close)
+    assert ticket.result(10).images
+    batcher.close()
+    assert errors == []
+    assert not batcher._worker.is_alive()
+
+
+def test_a_failed_decode_fails_its_own_request_alone(fake):
+    def fail_second(name, feeds):
+        if name == "vae_decoder" and runner.calls.get("vae_decoder", 0) == 1:
+            runner.before = None
+            raise BackendError("vae_decoder failed", hint="none")
+
+    runner = FakeRunner(before=fail_second)
+    with Batcher(fake(runner)) as batcher:
+        tickets = [
+            batcher.submit(Request(prompt="red", scheduler="ddim", num_inference_steps=steps, seed=0))
+            for steps in (2, 6, 12)
+        ]
+        assert tickets[0].result(10).images
+        with pytest.raises(BackendError):
+            tickets[1].result(10)
+        assert tickets[2].result(10).images
+        assert (batcher.stats().finished, batcher.stats().failed) == (2, 1)
+
+
+def test_every_size_makes_progress_beside_a_crowd_of_another(fake):
+    submitted = threading.Event()
+    with Batcher(fake(FakeRunner(before=hold_until(submitted, []))), max_batch=8) as batcher:
+        crowd = [
+            batcher.submit(Request(prompt="red", scheduler="ddim", num_inference_steps=60, seed=seed))
+            for seed in range(7)
+        ]
+        other = batcher.submit(Request(prompt="red", scheduler="ddim", num_inference_steps=5, seed=0, height=96))
+        submitted.set()
+        assert other.result(20).images
+        assert not any(ticket.done() for ticket in crowd)
+        assert all(ticket.result(30).images for ticket in crowd)
+
+
 def test_a_full_queue_refuses_at_once(fake):
     gate = threading.Event()
     with Batcher(fake(FakeRunner(before=lambda name, feeds: gate.wait(10))), max_batch=1, max_queue=2) as batcher:
@@ -185,6 +352,11 @@ def test_closing_drains_or_cancels(fake):
 )
 def test_admission_is_first_come_first_served(waiting, running, expected):
     assert admit(waiting, running, 8) == expected
+
+
+@pytest.mark.parametrize(("undecoded", "expected"), [(0, 2), (7, 2), (8, 0), (15, 0)])
+def test_nothing_joins_while_a_whole_batch_waits_for_the_vae(undecoded, expected):
+    assert admit([1, 1, 1], 6, 8, undecoded=undecoded) == expected
 
 
 def test_sizes_take_turns():

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from sdrt.denoiser import next_size, step_inputs, step_trajectories
-from sdrt.errors import ParityError
+from sdrt.errors import BackendError, ParityError
 from sdrt.request import Request
+from sdrt.runners.fake import FakeRunner
 
 MIXTURE = (
     Request(prompt="red circle", scheduler="ddim", num_inference_steps=7, guidance_scale=7.5, seed=0),
@@ -62,8 +63,6 @@ def test_guidance_weights_are_one_minus_s_and_s(fake):
 
 def poisoned_runner(pipeline, fake):
     ids = pipeline._prompts._tokenizer.encode("poison").ids
-    from sdrt.runners.fake import FakeRunner
-
     return FakeRunner(poison=int(ids[1]))
 
 
@@ -81,6 +80,48 @@ def test_a_request_that_is_not_finite_fails_alone_and_its_neighbours_do_not_noti
     step_trajectories(plain.runner, expected)
     for path, other in zip(good, expected, strict=True):
         np.testing.assert_array_equal(path.state, other.state)
+
+
+def test_one_bad_lane_spoils_the_shared_step_of_the_fake_as_of_a_real_engine(fake):
+    pipeline = fake(poisoned_runner(fake(), fake))
+    bad = Request(prompt="poison", num_inference_steps=4, seed=9)
+    result = pipeline.runner.run("step", step_inputs(trajectories(pipeline, [MIXTURE[0], bad])))
+    assert np.isnan(result["next_state"][:, 0]).all()
+
+
+def test_two_bad_requests_are_both_found_and_the_good_one_goes_on(fake):
+    pipeline = fake(poisoned_runner(fake(), fake))
+    bad = [Request(prompt="poison", num_inference_steps=4, seed=seed) for seed in (8, 9)]
+    paths = trajectories(pipeline, [bad[0], MIXTURE[0], bad[1]])
+    assert set(step_trajectories(pipeline.runner, paths, sizes=(4, 8))) == {paths[0], paths[2]}
+    assert [path.row for path in paths] == [0, 1, 0]
+
+
+def test_infinity_is_a_fault_too(fake):
+    pipeline = fake()
+    path = trajectories(pipeline, MIXTURE[:1])[0]
+    path.state[0, 0, 0, 0] = np.inf
+    assert isinstance(step_trajectories(pipeline.runner, [path])[path], ParityError)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lane_request": np.array([0, 2])},
+        {"guidance": np.zeros((2, 1), np.float32)},
+        {"transition": np.zeros((1, 6, 6), np.float32)},
+        {"noise": np.zeros((1, 4, 8, 9), np.float32)},
+        {"timestep": np.zeros(2, np.float64)},
+        {"prompt_embeds": np.zeros((2, 12, 9), np.float32)},
+        {"conditioning": np.zeros(1, np.float32)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_fake_takes_what_a_step_graph_takes_and_nothing_else(fake, change):
+    inputs = step_inputs(trajectories(fake(), MIXTURE[:1]))
+    assert FakeRunner().run("step", inputs)["next_state"].shape == (1, 6, 4, 8, 8)
+    with pytest.raises(BackendError):
+        FakeRunner().run("step", inputs | change)
 
 
 def test_a_step_that_is_tried_twice_draws_its_noise_once(fake):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sdrt.errors import ParityError, RequestError
+from sdrt.errors import BackendError, ParityError, RequestError, SdrtError
+from sdrt.pipeline import Pipeline
 from sdrt.request import Request
 from sdrt.runners.fake import FakeRunner
 
@@ -92,6 +93,41 @@ def test_nan_is_an_error_and_never_an_image(fake):
 
     with pytest.raises(ParityError, match="NaN"):
         fake(FakeRunner(before=spoil)).generate("red", **OPTIONS)
+
+
+def test_a_preview_is_asked_for_comes_with_every_step_and_ends_with_the_image(fake):
+    pipeline = fake()
+    events = list(pipeline.stream("red circle", preview=True, **OPTIONS))
+    shown = [event.preview[0].tobytes() for event in events]
+    assert len(set(shown)) == len(events)
+    assert (
+        shown[-1]
+        == events[-1].result.images[0].tobytes()
+        == pipeline.generate("red circle", **OPTIONS).images[0].tobytes()
+    )
+    assert all(event.preview is None for event in pipeline.stream("red circle", **OPTIONS))
+
+
+def test_a_preview_shows_the_latents_at_the_scale_in_which_the_network_sees_them(fake):
+    pipeline = fake()
+    first = next(pipeline.stream("red", preview=True, **{**OPTIONS, "scheduler": "euler"}))
+    scale = np.float32(
+        pipeline.resolve(Request(prompt="red", **{**OPTIONS, "scheduler": "euler"})).plan.input_scales[1]
+    )
+    assert scale < 0.5
+    assert first.preview[0].tobytes() == pipeline.decode(first.latents * scale)[0].tobytes()
+
+
+def test_a_pipeline_that_cannot_be_made_releases_its_engines(fake, monkeypatch, tmp_path):
+    bundle = fake().bundle
+    runner = FakeRunner()
+    (tmp_path / "tokenizer" / "vocab.json").unlink()
+    monkeypatch.setattr("sdrt.pipeline.Bundle.open", lambda path: bundle)
+    monkeypatch.setattr("sdrt.pipeline.open_runner", lambda bundle, threads: runner)
+    with pytest.raises(SdrtError):
+        Pipeline.open(tmp_path)
+    with pytest.raises(BackendError, match="closed"):
+        runner.run("text_encoder", {})
 
 
 def test_closing_the_stream_stops_the_work(fake):

@@ -1,7 +1,9 @@
 """Requests are refused before any compute, with what is allowed; defaults are the model's."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from sdrt.errors import RequestError
@@ -72,10 +74,23 @@ BAD = [
     {"eta": -0.5},
     {"eta": 1.5},
     {"eta": 0.5},
+    {"eta": None},
+    {"guidance_scale": True},
+    {"guidance_scale": 1e39},
+    {"guidance_scale": 10**400},
+    {"seed": 10**5000},
+    {"seed": -(10**5000)},
+    {"num_inference_steps": 10**5000},
+    {"num_inference_steps": np.float64(4)},
+    {"num_images_per_prompt": None},
+    {"height": "64"},
+    {"scheduler": 5},
+    {"scheduler": ["ddim"]},
+    {"scheduler": ""},
 ]
 
 
-@pytest.mark.parametrize("fields", BAD, ids=str)
+@pytest.mark.parametrize("fields", BAD, ids=lambda fields: "-".join(fields))
 def test_bad_requests_are_refused_with_a_hint(manifest, fields):
     with pytest.raises(RequestError) as caught:
         resolve(manifest, **fields)
@@ -107,6 +122,25 @@ def test_the_default_size_is_one_that_the_profile_accepts(fake):
     resolved = resolve(manifest)
     assert (resolved.height, resolved.width) == (32, 48)
     assert nearest_size(manifest.profile, 64, 64) == (32, 48)
+
+
+def test_numbers_of_numpy_are_numbers_and_become_pythons_own(manifest):
+    resolved = resolve(manifest, seed=np.int64(7), num_inference_steps=np.int32(4), guidance_scale=np.float16(2.5))
+    values = (resolved.seed, resolved.num_inference_steps, resolved.guidance_scale)
+    assert values == (7, 4, 2.5)
+    assert [type(value) for value in values] == [int, int, float]
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_the_first_and_the_last_seed_are_legal(manifest, seed):
+    assert resolve(manifest, seed=seed).seed == seed
+
+
+def test_a_plan_that_needs_more_states_than_the_bundle_has_is_refused(manifest):
+    narrow = replace(manifest, state_slots=1)
+    assert resolve(narrow, scheduler="ddim").plan.slots == 1
+    with pytest.raises(RequestError, match="room for 1"):
+        resolve(narrow, scheduler="pndm")
 
 
 def test_eta_is_for_the_scheduler_that_has_it(manifest):

@@ -15,22 +15,33 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
+    serve(_imports, lambda: _load(options), lambda: {"version": f"sdrt {sdrt.__version__}"})
 
-    def load() -> Callable[[Case], Drawn]:
-        pipeline = sdrt.open(options.bundle, threads=options.threads)
 
-        def draw(case: Case) -> Drawn:
-            result = pipeline.generate(sdrt.Request(**case))
-            timings = result.timings
-            return np.asarray(result.images[0]), {
-                "text_encoder_seconds": timings.text_encoder_seconds,
-                "step_seconds": list(timings.step_seconds),
-                "vae_decoder_seconds": timings.vae_decoder_seconds,
-            }
+def _imports() -> None:
+    import sdrt.pipeline  # noqa: F401  (what drawing needs, and no more)
 
-        return draw
 
-    serve(load, lambda: {"version": f"sdrt {sdrt.__version__}"})
+def _load(options: argparse.Namespace) -> Callable[[Case], Drawn]:
+    from sdrt.text import PromptEncoder
+    from sdrt.tokenizer import Tokenizer
+
+    pipeline = sdrt.open(options.bundle, threads=options.threads)
+    bundle = pipeline.bundle
+    tokenizer = Tokenizer.load(bundle.path / "tokenizer", max_length=bundle.manifest.model.text_length)
+
+    def draw(case: Case) -> Drawn:
+        # The peers encode each prompt anew; a prompt remembered from the round before would flatter this side.
+        pipeline._prompts = PromptEncoder(tokenizer, pipeline.runner)
+        result = pipeline.generate(sdrt.Request(**case))
+        timings = result.timings
+        return np.asarray(result.images[0]), {
+            "text_encoder_seconds": timings.text_encoder_seconds,
+            "step_seconds": list(timings.step_seconds),
+            "vae_decoder_seconds": timings.vae_decoder_seconds,
+        }
+
+    return draw
 
 
 if __name__ == "__main__":

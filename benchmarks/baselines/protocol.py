@@ -1,15 +1,16 @@
 """How a contestant talks to the benchmark: JSON lines on its standard streams. Standard library and numpy only.
 
-The parent sends {"draw": {...case}, "image": path} or {"stop": true}; the contestant first says {"ready": {...}},
-then answers each draw with its timings. This file also runs under a peer's own interpreter, without sdrt.
+The contestant first says {"ready": {...}}; the parent sends {"draw": {...case}, "image": path} and gets
+{"drawn": {...timings}}, or closes the stream to end it. This file also runs under a peer's own interpreter,
+without sdrt.
 """
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,24 +19,38 @@ Case = Mapping[str, Any]
 Drawn = tuple[Any, dict[str, Any]]
 
 
-def serve(load: Callable[[], Callable[[Case], Drawn]], describe: Callable[[], dict[str, Any]]) -> None:
-    """Load once, then draw until told to stop. `draw` returns the image, uint8 [H, W, 3], and its timings."""
+def serve(
+    imports: Callable[[], object], load: Callable[[], Callable[[Case], Drawn]], describe: Callable[[], dict[str, Any]]
+) -> None:
+    """Import and load once, then draw until the parent closes the stream.
+
+    `draw` returns the image, uint8 [H, W, 3], and its timings: text_encoder_seconds, step_seconds (one entry a
+    network evaluation), vae_decoder_seconds. Its wall time and the process's peak memory are added here.
+    """
     own = os.dup(1)
     os.dup2(2, 1)  # prints of libraries go to standard error
-    with os.fdopen(own, "w") as stream:
+    with os.fdopen(own, "w", encoding="utf-8") as stream:
         began = time.perf_counter()
+        imports()
+        imported = time.perf_counter()
         draw = load()
-        _say(stream, {"ready": {"open_seconds": time.perf_counter() - began, **describe()}})
+        opened = time.perf_counter()
+        seconds = {"import_seconds": imported - began, "open_seconds": opened - imported}
+        _say(stream, {"ready": {**seconds, **describe()}})
         for line in sys.stdin:
             message = json.loads(line)
-            if "stop" in message:
-                return
             began = time.perf_counter()
             image, timings = draw(message["draw"])
             total = time.perf_counter() - began
-            np.save(message["image"], np.asarray(image))
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            _say(stream, {"drawn": {"total_seconds": total, "peak_bytes": peak, **timings}})
+            np.save(message["image"], np.asarray(image, np.uint8))
+            _say(stream, {"drawn": {"total_seconds": total, "peak_bytes": peak_bytes(), **timings}})
+
+
+def peak_bytes(process: str = "self") -> int:
+    """The largest resident size that a process ever had; unlike getrusage, without what its parent had."""
+    status = Path("/proc", process, "status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def _say(stream: Any, message: dict[str, Any]) -> None:

@@ -25,7 +25,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
-    serve(lambda: _load(options), _describe)
+    serve(_imports, lambda: _load(options), _describe)
+
+
+def _imports() -> None:
+    import torch  # noqa: F401
+    from diffusers import StableDiffusionPipeline  # noqa: F401
 
 
 def _load(options: argparse.Namespace) -> Callable[[Case], Drawn]:

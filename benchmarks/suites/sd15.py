@@ -1,15 +1,24 @@
 """The SD1.5 suite: the architecture of Stable Diffusion 1.5 with random weights, for speed and parity at real size."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from sdrt.benchmarks.run import Case
+from sdrt.benchmarks.cases import Case
+from sdrt.benchmarks.contestants import OPENVINO_GENAI, PYTORCH_BF16, PYTORCH_FP32
 from sdrt.files import staged_directory
 
 SIDE = 512
 STEPS = 4
 PROMPT = "a large red circle left of a small blue star on a white background"
 VOCABULARY = 49_408
+
+BARS: Mapping[str, tuple[str, str, float]] = {  # name → (kind of ratio, peer, at least)
+    "step, times PyTorch eager fp32": ("step", PYTORCH_FP32, 2.0),
+    "step, times PyTorch eager bf16": ("step", PYTORCH_BF16, 1.25),
+    "image, times OpenVINO GenAI": ("total", OPENVINO_GENAI, 1.0),
+    "start to first image, times OpenVINO GenAI": ("start", OPENVINO_GENAI, 1.0),
+}
 
 
 def cases() -> list[Case]:

@@ -1,8 +1,14 @@
 """The `shapes` suite: the embedded model at its own size, captions it was never trained on."""
 
-from sdrt.benchmarks.run import Case
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from sdrt.benchmarks.cases import Case
 from sdrt.models.shapes.scenes import held_out_captions
 
+SIZE = (128, 128)
 STEPS = 30
 GUIDANCE_SCALE = 4.0
 
@@ -12,8 +18,8 @@ def cases(count: int = 8) -> list[Case]:
     return [
         Case(
             prompt=caption,
-            height=128,
-            width=128,
+            height=SIZE[0],
+            width=SIZE[1],
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE_SCALE,
             seed=seed,
@@ -21,3 +27,11 @@ def cases(count: int = 8) -> list[Case]:
         )
         for seed, caption in enumerate(held_out_captions(count))
     ]
+
+
+def wanted_share(pictures: Sequence[npt.NDArray[np.uint8]], captions: Sequence[str]) -> float:
+    """The share of the captions' attributes that the pictures show, in [0, 1]. Picture i shows captions[i % n]."""
+    from sdrt.models.shapes.judge import judge, score
+
+    verdicts = [judge(picture, captions[index % len(captions)]) for index, picture in enumerate(pictures)]
+    return score(verdicts).attributes

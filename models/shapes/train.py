@@ -28,6 +28,7 @@ VAE_SCENES = 4_000
 UNET_SCENES = 20_000
 TEXT_LENGTH = 77
 EMPTY_CAPTION_RATE = 0.1
+LAYOUT_CAP = 8.0
 SNR_CAP = 5.0  # Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy"
 
 SCHEDULE = {
@@ -224,6 +225,16 @@ def whiten(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     return (latents - mean.view(1, -1, 1, 1)) / deviation.view(1, -1, 1, 1)
 
 
+def loss_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """The weight of the squared error of epsilon at each timestep.
+
+    Little noise counts less (min-SNR). Much noise counts more: there epsilon is nearly the input and its error tiny,
+    but it is where the places of the objects are decided.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return (SNR_CAP / snr).clamp(max=1.0) * (1 + 1 / snr).sqrt().clamp(max=LAYOUT_CAP)
+
+
 def train_denoiser(
     latents: torch.Tensor,
     captions: list[str],
@@ -241,8 +252,7 @@ def train_denoiser(
         return both["text_encoder"], both["unet"]
     ids = tokenizer(["", *captions], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
     schedule = DDPMScheduler(**SCHEDULE)
-    alphas = schedule.alphas_cumprod
-    weights = (SNR_CAP * (1 - alphas) / alphas).clamp(max=1.0)
+    weights = loss_weights(schedule.alphas_cumprod)
     latest = path.with_suffix(".latest.safetensors")
     first = resume(both, latest)
     averaged = Averaged(both, 0.999)
@@ -311,7 +321,7 @@ def main() -> None:
     arguments.add_argument("--work", type=Path, default=Path("build/shapes"))
     arguments.add_argument("--out", type=Path, default=Path("models/shapes/checkpoint"))
     arguments.add_argument("--vae-iterations", type=int, default=4_200)
-    arguments.add_argument("--denoiser-iterations", type=int, default=3_600)
+    arguments.add_argument("--denoiser-iterations", type=int, default=6_000)
     options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 

@@ -10,21 +10,15 @@ from typing import Annotated
 import typer
 
 from sdrt._version import VERSION
-from sdrt.cli.bench import bench
-from sdrt.cli.build import build
-from sdrt.cli.demo import demo
-from sdrt.cli.doctor import doctor
-from sdrt.cli.inspect import inspect
-from sdrt.cli.run import run
+from sdrt.cli import bench, build, demo, doctor, inspect, run, vae, verify
 from sdrt.cli.terminal import print_error, warnings_as_lines
-from sdrt.cli.vae import decode, encode
-from sdrt.cli.verify import verify
 from sdrt.errors import Cancelled, OutputError, RequestError, SdrtError
 
 __all__ = ["app", "main", "run_command"]
 
 # The parents of typer's own usage errors, whichever click it carries.
 _USAGE_ERROR, _CLICK_ERROR = typer.BadParameter.__mro__[1:3]
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
@@ -54,7 +48,17 @@ def _root(
         print(context.get_help())
 
 
-for _command in (build, run, bench, inspect, verify, encode, decode, demo, doctor):
+for _command in (
+    build.build,
+    run.run,
+    bench.bench,
+    inspect.inspect,
+    verify.verify,
+    vae.encode,
+    vae.decode,
+    demo.demo,
+    doctor.doctor,
+):
     app.command()(_command)
 
 
@@ -83,6 +87,8 @@ def run_command(arguments: Sequence[str]) -> int:
             return _close_quietly()
         except (Exception, KeyboardInterrupt) as error:
             return print_error(as_sdrt_error(error, options), as_json=as_json)
+    if code == _INTERRUPTED:
+        return print_error(as_sdrt_error(KeyboardInterrupt(), options), as_json=as_json)
     return code if isinstance(code, int) else 0
 
 
@@ -114,12 +120,13 @@ def _known_error(error: BaseException, arguments: Sequence[str]) -> SdrtError:
 def _usage_error(error: BaseException, arguments: Sequence[str]) -> RequestError:
     """A message of the argument parser in the words of sdrt: its suggestion becomes the hint."""
     message = getattr(error, "format_message", error.__str__)()
+    message = message.replace("Value error, ", "").replace("(Possible options:", "Did you mean one of")
     message, _, suggestion = message.partition("Did you mean")
     message = message.strip().rstrip(".")
     commands = {command.callback.__name__ for command in app.registered_commands if command.callback is not None}
     command = next((word for word in arguments if word in commands), None)
     shown = "sdrt --help" if command is None else f"sdrt {command} --help"
-    hint = f"did you mean{suggestion.rstrip('?')}?" if suggestion else f"see: {shown}"
+    hint = f"did you mean{suggestion.rstrip('?)')}?" if suggestion else f"see: {shown}"
     return RequestError(message[:1].lower() + message[1:], hint=hint)
 
 

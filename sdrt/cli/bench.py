@@ -25,7 +25,10 @@ def bench(
         typer.Option(metavar="MODEL", help="The checkpoint, for the PyTorch contestants.", show_default=False),
     ] = None,
     suite: Annotated[Literal["plain", "shapes", "sd15"], typer.Option(help="What is drawn.")] = "plain",
-    rounds: Annotated[int, typer.Option(min=1, help="Measured images of each contestant.")] = 8,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Measured images of each. Default: the suite's.", show_default=False),
+    ] = None,
     warmup: Annotated[int, typer.Option(min=0, help="Images before those, not measured.")] = 1,
     steps: Annotated[
         int | None,
@@ -40,7 +43,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="A,B",
-            help="Of pytorch-fp32, pytorch-bf16, pytorch-compile, openvino-genai. Default: the first two.",
+            help="Of pytorch-fp32, pytorch-bf16, pytorch-compile, openvino-genai. Default: the suite's.",
             show_default=False,
         ),
     ] = None,

@@ -13,7 +13,9 @@ from sdrt.cli.terminal import emit, facts, progress_bar, seconds_text, table, ti
 from sdrt.progress import Progress
 
 if TYPE_CHECKING:
-    from sdrt.bundle import Bundle
+    from rich.text import Text
+
+    from sdrt.bundle import Bundle, JsonValue
     from sdrt.pipeline import Result
 
 CAPTIONS = (
@@ -78,13 +80,13 @@ def demo(
         (path.name, str(result.request.seed), result.request.prompt)
         for path, result in zip(pictures, results, strict=True)
     ]
-    lines = [
+    lines: list[Text | str] = [
         title(f"{len(results)} captions drawn in {seconds_text(seconds)}"),
-        *table(("picture", "seed", "caption"), _left_aligned(rows)),
+        *table(("picture", "seed", "caption"), rows, left=(0, 2)),
         "",
         *facts([("all of them", str(out / SHEET)), ("bundle", str(opened.path))]),
     ]
-    record = {
+    record: dict[str, JsonValue] = {
         "pictures": [
             {"path": str(path), "caption": result.request.prompt, "seed": result.request.seed}
             for path, result in zip(pictures, results, strict=True)
@@ -126,8 +128,3 @@ def _save(results: "list[Result]", pictures: list[Path], sheet: Path, *, force: 
             write(result.images[0], path, result.parameters(0), force)
         images = [result.images[0] for result in results]
         write(grid(images, columns=COLUMNS), sheet, {"captions": list(CAPTIONS)}, force)
-
-
-def _left_aligned(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    width = max(len(caption) for *_, caption in rows)
-    return [(name, seed, caption.ljust(width)) for name, seed, caption in rows]

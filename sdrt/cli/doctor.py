@@ -19,6 +19,8 @@ from sdrt.cli.terminal import emit, facts, size_text, title
 from sdrt.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from sdrt.bundle import JsonValue
 
 BACKENDS = ("openvino", "onnxruntime")
@@ -29,6 +31,7 @@ def doctor(as_json: AsJson = False) -> None:
     """Tell what this machine has for building and drawing. Fails when no backend works."""
     machine, backends, packages = _machine(), {name: _backend(name) for name in BACKENDS}, _packages()
     embedded = _embedded_model()
+    model = "the embedded model is installed" if embedded else "the embedded model is absent"
     works = any(state["works"] for state in backends.values())
     result: dict[str, JsonValue] = {
         "sdrt": VERSION,
@@ -38,7 +41,7 @@ def doctor(as_json: AsJson = False) -> None:
         "embedded_model": embedded,
         "healthy": works,
     }
-    lines = [
+    lines: list[Text | str] = [
         title(f"sdrt {VERSION}"),
         *facts(_machine_rows(machine)),
         "",
@@ -46,8 +49,7 @@ def doctor(as_json: AsJson = False) -> None:
         *facts([(name, str(state["text"])) for name, state in backends.items()]),
         "",
         title("Packages"),
-        *facts([(name, str(state["text"])) for name, state in packages.items()]),
-        *facts([("shapes", "the embedded model is installed" if embedded else "the embedded model is absent")]),
+        *facts([*((name, str(state["text"])) for name, state in packages.items()), ("shapes", model)]),
     ]
     emit(result, lines, as_json=as_json)
     if not works:
@@ -71,12 +73,13 @@ def _machine() -> "dict[str, JsonValue]":
 
     cache = default_cache_root()
     total, available = memory_bytes()
+    features: list[JsonValue] = [*sorted(cpu_features())]
     return {
         "python": platform.python_version(),
         "executable": sys.executable,
         "system": platform.platform(terse=True),
         "cpu": cpu_name(),
-        "features": sorted(cpu_features()),
+        "features": features,
         "cores": available_cores(),
         "memory_bytes": total,
         "memory_available_bytes": available,

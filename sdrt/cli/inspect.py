@@ -40,7 +40,12 @@ def inspect(
         return
     bundle = Bundle.open(folder)
     manifest: dict[str, Any] = msgspec.to_builtins(bundle.manifest)
-    result = {"kind": "bundle", "path": path, "size_bytes": bundle_bytes(bundle), "manifest": manifest}
+    result: dict[str, JsonValue] = {
+        "kind": "bundle",
+        "path": path,
+        "size_bytes": bundle_bytes(bundle),
+        "manifest": manifest,
+    }
     emit(result, _bundle_lines(bundle), as_json=as_json)
 
 

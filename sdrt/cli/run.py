@@ -141,7 +141,7 @@ def draw(bundle: "Bundle", request: "Request", *, threads: int | None, progress:
     raise RuntimeError("the last step carried no result")
 
 
-def _request(folder: Path, remembered: Mapping[str, Any], options: Mapping[str, Any]) -> "tuple[Request, Bundle]":
+def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) -> "tuple[Request, Bundle]":
     """The request, checked against the bundle before its engines are loaded. Raises RequestError, BundleError."""
     from sdrt.bundle import Bundle
     from sdrt.request import Request, resolve_request
@@ -234,7 +234,7 @@ def _summary(result: "Result", paths: Sequence[Path], sheet: Path | None) -> "li
         ("text encoder", seconds_text(timings.text_encoder_seconds)),
         (
             "denoising",
-            f"{seconds_text(stepping)} ({count} times {seconds_text(stepping / count)}, {request.scheduler})",
+            f"{seconds_text(stepping)} ({count} of {seconds_text(stepping / count)}, {request.scheduler})",
         ),
         ("VAE decoder", seconds_text(timings.vae_decoder_seconds)),
         ("total", seconds_text(timings.total_seconds)),

@@ -6,8 +6,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TextIO
 
 from sdrt.errors import SdrtError
 from sdrt.progress import Progress, silent
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from sdrt.bundle import JsonValue
-
-Report: TypeAlias = Callable[[], "Sequence[Text | str]"]
 
 
 def emit(result: "Mapping[str, JsonValue]", lines: "Sequence[Text | str]", *, as_json: bool) -> None:
@@ -39,16 +37,19 @@ def facts(rows: Sequence[tuple[str, str]]) -> "list[Text]":
     return [Text.assemble((f"  {label.ljust(width)}", "cyan"), "   ", one_line(value)) for label, value in rows]
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> "list[Text]":
-    """Lines of a table: the first column to the left, the others to the right. Never cut at the terminal's edge."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> "list[Text]":
+    """Lines of a table, the columns `left` to the left and the others to the right. Never cut at the edge."""
     from rich.text import Text
 
     cells = [[one_line(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = []
-    for number, (first, *rest) in enumerate(cells):
-        padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        text = "   ".join([first.ljust(widths[0]), *padded]).rstrip()
+    for number, row in enumerate(cells):
+        padded = [
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        text = "   ".join(padded).rstrip()
         lines.append(Text(f"  {text}", style="cyan" if number == 0 else ""))
     return lines
 
@@ -103,7 +104,14 @@ def progress_bar() -> Iterator[Progress]:
 def warnings_as_lines() -> Iterator[None]:
     """Print each UserWarning as one line, `warning: …`, and no other warning."""
 
-    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if issubclass(category, UserWarning):
             print_warning(str(message))
 

@@ -60,6 +60,7 @@ class FakeRunner:
         self.close()
 
     def _text_encoder(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
+        _check_feeds("text_encoder", feeds, {"input_ids": ("i", (None, None))})
         ids = feeds["input_ids"].astype(np.float64)
         waves = np.sin(ids[:, :, None] * np.arange(1, self.embeds_dim + 1) * 0.37).astype(np.float32)
         if self.poison is not None:
@@ -67,6 +68,7 @@ class FakeRunner:
         return {"last_hidden_state": waves}
 
     def _step(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
+        _check_step(feeds, self.embeds_dim)
         state, guidance = feeds["state"].astype(np.float32), feeds["guidance"].astype(np.float32)
         self.batches.append(len(state))
         scaled = state[:, 0] * feeds["input_scale"].astype(np.float32)[:, None, None, None]
@@ -78,27 +80,79 @@ class FakeRunner:
         ]
         following = np.empty_like(state)
         for index in range(len(state)):
-            # Summed lane by lane, so that the arithmetic of one request is the same in every batch.
+            # Summed lane by lane, so that the arithmetic of one request is the same in every batch. Lanes of weight 0
+            # count, as in a real engine: 0 * NaN is NaN, so one bad lane spoils every request of the step.
             output = np.zeros_like(scaled[index])
             for weight, lane in zip(guidance[index], lanes, strict=True):
-                if weight != 0:
-                    output = output + weight * lane
+                output = output + weight * lane
             sources = np.concatenate([state[index], output[None], feeds["noise"][index][None]])
             following[index] = np.einsum("nk,kchw->nchw", feeds["transition"][index], sources)
         return {"next_state": following.astype(np.float32)}
 
     def _vae_decoder(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
+        _check_feeds("vae_decoder", feeds, {"latent_sample": ("f", (None, 4, None, None))})
         latents = feeds["latent_sample"][:, [0, 1, 2]].astype(np.float32)
         larger = latents.repeat(self.downsample, axis=2).repeat(self.downsample, axis=3)
         return {"sample": np.tanh(larger)}
 
     def _vae_encoder(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
+        _check_feeds("vae_encoder", feeds, {"sample": ("f", (None, 3, None, None))})
         image = feeds["sample"].astype(np.float32)
         batch, _, height, width = image.shape
         side = self.downsample
         blocks = image.reshape(batch, 3, height // side, side, width // side, side).mean((3, 5))
         mean = np.concatenate([blocks, blocks[:, :1]], axis=1)
         return {"latent_parameters": np.concatenate([mean, np.full_like(mean, -30.0)], axis=1)}
+
+
+def _check_step(feeds: Mapping[str, Array], embeds_dim: int) -> None:
+    requests, slots, channels, height, width = _shape(feeds, "state", 5)
+    (lanes,) = _shape(feeds, "lane_request", 1)
+    length = _shape(feeds, "prompt_embeds", 3)[1]
+    _check_feeds(
+        STEP,
+        feeds,
+        {
+            "state": ("f", (requests, slots, channels, height, width)),
+            "input_scale": ("f", (requests,)),
+            "lane_request": ("i", (lanes,)),
+            "timestep": ("f", (lanes,)),
+            "prompt_embeds": ("f", (lanes, length, embeds_dim)),
+            "guidance": ("f", (requests, lanes)),
+            "transition": ("f", (requests, slots, slots + 2)),
+            "noise": ("f", (requests, channels, height, width)),
+        },
+    )
+    owners = feeds["lane_request"].astype(np.int64)
+    if lanes == 0 or owners.min() < 0 or owners.max() >= requests:
+        raise _misfed(STEP, f"lane_request is {owners.tolist()} for {requests} requests")
+
+
+def _check_feeds(
+    component: str, feeds: Mapping[str, Array], wanted: Mapping[str, tuple[str, tuple[int | None, ...]]]
+) -> None:
+    """wanted: for each tensor the kind of its dtype (f: float32, i: int64) and its shape, None where dynamic."""
+    if wanted.keys() != feeds.keys():
+        raise _misfed(component, f"it takes {sorted(wanted)}, not {sorted(feeds)}")
+    dtypes: Mapping[str, type[np.generic]] = {"f": np.float32, "i": np.int64}
+    for name, (kind, shape) in wanted.items():
+        array = feeds[name]
+        pairs = zip(shape, array.shape, strict=False)
+        fits = array.ndim == len(shape) and all(want in (None, have) for want, have in pairs)
+        if not fits or array.dtype != dtypes[kind]:
+            raise _misfed(
+                component, f"{name} is {array.dtype} {list(array.shape)}, not {dtypes[kind].__name__} {shape}"
+            )
+
+
+def _shape(feeds: Mapping[str, Array], name: str, rank: int) -> tuple[int, ...]:
+    if name not in feeds or feeds[name].ndim != rank:
+        raise _misfed(STEP, f"{name} of rank {rank} is missing")
+    return feeds[name].shape
+
+
+def _misfed(component: str, what: str) -> BackendError:
+    return BackendError(f"{component} was fed wrongly: {what}", hint="see the step graph in docs/architecture.md")
 
 
 def _network(sample: FloatArray, timestep: float, embeds: Array) -> FloatArray:
