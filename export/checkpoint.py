@@ -43,11 +43,12 @@ _LARGEST_HEADER_BYTES = 100 * 2**20
 class Checkpoint:
     """A checked diffusers folder.
 
-    configs: component → its config.json. weights: component → its safetensors files. variant: the infix of the
-    weights' names ("fp16"), where the folder holds only that.
+    name: as the checkpoint calls itself, else its folder's. configs: component → its config.json. weights: component →
+    its safetensors files. variant: the infix of the weights' names ("fp16"), where the folder holds only that.
     """
 
     path: Path
+    name: str
     configs: Mapping[str, Mapping[str, Any]]
     weights: Mapping[str, tuple[Path, ...]]
     variant: Mapping[str, str | None]
@@ -91,6 +92,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     scheduler = _read_json(_component_folder(path, "scheduler") / "scheduler_config.json")
     checkpoint = Checkpoint(
         path=path,
+        name=Path(str(index.get("_name_or_path", ""))).name or path.resolve().name,
         configs=configs,
         weights={name: files for name, (files, _) in located.items()},
         variant={name: variant for name, (_, variant) in located.items()},
@@ -123,7 +125,7 @@ def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
     """What the runtime has to know of this checkpoint."""
     height, width = checkpoint.default_size
     return ModelRecord(
-        name=checkpoint.path.resolve().name,
+        name=checkpoint.name,
         identity=identity_of(checkpoint, store),
         task="text-to-image",
         latent_channels=int(checkpoint.configs["vae"]["latent_channels"]),

@@ -1,6 +1,8 @@
 """The bundle: its manifest as plain data, reading and checking it. Nothing here runs an engine."""
 
 import hashlib
+import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 import msgspec
 
-from sdrt.errors import BundleError
+from sdrt.errors import BuildError, BundleError
 from sdrt.files import contained_path, sha256_of, write_atomically
 from sdrt.progress import Progress, silent
 
@@ -16,6 +18,12 @@ JsonValue: TypeAlias = bool | int | float | str | list["JsonValue"] | dict[str, 
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "bundle.json"
+# What msgspec raises for text that is not what it should be; the last for arrays in arrays without end.
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_REBUILD = "rebuild it with: sdrt build"
+_COPY_AGAIN = "copy the bundle again, or rebuild it with: sdrt build"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DTYPES = frozenset({"float16", "float32", "float64", "int32", "int64", "uint8", "bool"})
 
 BackendName = Literal["openvino", "onnxruntime", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -183,7 +191,7 @@ class Bundle:
             if component.name == name:
                 return component
         known = ", ".join(component.name for component in self.manifest.components)
-        raise BundleError(f"{self.path} has no engine {name!r}; it has {known}", hint="rebuild it with: sdrt build")
+        raise BundleError(f"{self.path} has no engine {name!r}; it has {known}", hint=_REBUILD)
 
     def file(self, record: FileRecord) -> Path:
         """Where a file of the bundle lies. Raises BundleError when its path leaves the bundle."""
@@ -207,8 +215,18 @@ def record_file(root: Path, path: Path, *, sha256: str | None = None) -> FileRec
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write bundle.json, which makes the folder a bundle."""
+    """Write bundle.json, which makes the folder a bundle.
+
+    Raises BuildError for a manifest that would not be read back as it is, OutputError when it cannot be written.
+    """
     body = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    if not _reads_back(body, manifest):
+        raise BuildError(
+            f"the manifest of {folder} holds what JSON cannot, such as NaN or infinity",
+            hint="look at the model's configs, and at what was measured",
+        )
+    if fault := next(_faults(manifest), None):
+        raise BuildError(f"the manifest of {folder} contradicts itself: {fault}", hint="export the checkpoint again")
     text = msgspec.json.encode(_Sealed(seal=_seal(body), manifest=msgspec.Raw(body)))
     write_atomically(folder / MANIFEST_NAME, text + b"\n")
 
@@ -217,36 +235,51 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a bundle. Raises BundleError when there is none that this version can read."""
     sealed = _read_sealed(folder)
     body = bytes(sealed.manifest)
-    rebuild = "rebuild the bundle with: sdrt build"
+    path = folder / MANIFEST_NAME
     try:
         version = msgspec.json.decode(body, type=_Version)
-    except msgspec.MsgspecError as error:
-        raise BundleError(f"{folder / MANIFEST_NAME} is damaged: {error}", hint=rebuild) from error
+    except _UNREADABLE as error:
+        raise BundleError(f"{path} is damaged: {error}", hint=_REBUILD) from error
     if version.format_version != FORMAT_VERSION:
-        raise BundleError(
-            f"{folder} has bundle format {version.format_version} (sdrt {version.sdrt_version}); "
-            f"this sdrt reads format {FORMAT_VERSION}",
-            hint=f"{rebuild}, or open it with sdrt {version.sdrt_version}",
-        )
+        raise _other_version(folder, version)
     if sealed.seal != _seal(body):
-        raise BundleError(f"{folder / MANIFEST_NAME} was changed after it was sealed", hint=rebuild)
+        raise BundleError(f"{path} was changed after it was sealed", hint=_COPY_AGAIN)
     try:
-        return msgspec.json.decode(body, type=Manifest)
-    except msgspec.MsgspecError as error:
-        raise BundleError(f"{folder / MANIFEST_NAME} is not a manifest: {error}", hint=rebuild) from error
+        manifest = msgspec.json.decode(body, type=Manifest)
+    except _UNREADABLE as error:
+        raise BundleError(f"{path} is not a manifest: {error}", hint=_REBUILD) from error
+    if fault := next(_faults(manifest), None):
+        raise BundleError(f"{path} contradicts itself: {fault}", hint=_REBUILD)
+    return manifest
 
 
 def verify_files(bundle: Bundle, progress: Progress = silent) -> None:
-    """Compare the sha256 of every file with the manifest. Raises BundleError for the first that differs."""
+    """Compare the sha256 of every file with the manifest. Raises BundleError for the first that differs.
+
+    Files that the manifest does not list are nobody's concern. bundle.json itself is checked by `Bundle.open`.
+    """
     records = list(bundle.files())
     for done, record in enumerate(records):
         progress("hashes", done, len(records))
-        if sha256_of(bundle.file(record)) != record.sha256:
+        path = bundle.file(record)
+        _check_size(path, record)
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}", hint=_COPY_AGAIN) from error
+        if found != record.sha256:
             raise BundleError(
                 f"{record.path} in {bundle.path} is not the file that was sealed (its sha256 differs)",
-                hint="copy the bundle again, or rebuild it with: sdrt build",
+                hint=_COPY_AGAIN,
             )
     progress("hashes", len(records), len(records))
+
+
+def _reads_back(body: bytes, manifest: Manifest) -> bool:
+    try:
+        return msgspec.json.decode(body, type=Manifest) == manifest
+    except msgspec.MsgspecError:  # NaN and infinity are written as null
+        return False
 
 
 def _seal(body: bytes) -> str:
@@ -257,38 +290,97 @@ def _read_sealed(folder: Path) -> _Sealed:
     path = folder / MANIFEST_NAME
     try:
         text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NUL in the path
         raise _not_a_bundle(folder) from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
     try:
         return msgspec.json.decode(text, type=_Sealed)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} is damaged: {error}", hint="rebuild the bundle with: sdrt build") from error
+    except _UNREADABLE as error:
+        raise BundleError(f"{path} is damaged: {error}", hint=_COPY_AGAIN) from error
 
 
 def _not_a_bundle(folder: Path) -> BundleError:
+    build = "build one: sdrt build MODEL --out BUNDLE"
     if not folder.exists():
+        return BundleError(f"there is no bundle at {folder}", hint=f"check the path, or {build}")
+    if not folder.is_dir():
+        return BundleError(f"{folder} is a file, not a bundle", hint=f"name the bundle's folder, or {build}")
+    if (folder / "model_index.json").is_file() or (folder / "unet").is_dir():
+        name = folder.resolve().name
         return BundleError(
-            f"there is no bundle at {folder}", hint="check the path, or make one: sdrt build MODEL --out …"
+            f"{folder} is a model, not a bundle", hint=f"build it first: sdrt build {folder} --out {name}.sdrt"
         )
-    if (folder / "model_index.json").is_file():
+    if (folder / "engines").is_dir():
         return BundleError(
-            f"{folder} is a model, not a bundle", hint=f"build it first: sdrt build {folder} --out {folder.name}.sdrt"
+            f"{folder} holds engines but no {MANIFEST_NAME}: its build was not finished, or it was not copied whole",
+            hint="run the same sdrt build again (finished engines are in the cache), or copy the bundle again",
         )
     return BundleError(
         f"{folder} is not a bundle: it has no {MANIFEST_NAME}",
-        hint="name the folder that `sdrt build` wrote, or build one: sdrt build MODEL --out …",
+        hint=f"name the folder that `sdrt build` wrote, or {build}",
     )
 
 
+def _other_version(folder: Path, version: _Version) -> BundleError:
+    if version.format_version > FORMAT_VERSION:
+        kind, hint = "newer", f"open it with sdrt {version.sdrt_version} or later, or {_REBUILD}"
+    else:
+        kind, hint = "older", f"{_REBUILD}, or open it with sdrt {version.sdrt_version}"
+    return BundleError(
+        f"{folder} has the {kind} bundle format {version.format_version} (of sdrt {version.sdrt_version}); "
+        f"this sdrt reads format {FORMAT_VERSION}",
+        hint=hint,
+    )
+
+
+def _faults(manifest: Manifest) -> Iterator[str]:
+    """What no honest build writes, and what would fail far from here if it were believed."""
+    names = [component.name for component in manifest.components]
+    if len(set(names)) != len(names):
+        yield "two engines have one name"
+    for component in manifest.components:
+        if not component.files:
+            yield f"the engine {component.name} has no file"
+        for spec in (*component.inputs, *component.outputs):
+            if spec.dtype not in _DTYPES:
+                yield f"{spec.name} of {component.name} has the unknown type {spec.dtype!r}"
+    records = [file for component in manifest.components for file in component.files]
+    for record in (*records, *manifest.tokenizer, manifest.golden.file):
+        if record.size_bytes < 0 or _SHA256.fullmatch(record.sha256) is None:
+            yield f"the size or sha256 of {record.path!r} is none"
+    for name, number in _must_be_positive(manifest).items():
+        if not number > 0:
+            yield f"{name} is {number}"
+
+
+def _must_be_positive(manifest: Manifest) -> dict[str, float]:
+    model, profile = manifest.model, manifest.profile
+    return {
+        "latent_channels": model.latent_channels,
+        "vae_downsample": model.vae_downsample,
+        "size_multiple": model.size_multiple,
+        "vae_scaling_factor": model.vae_scaling_factor,
+        "prompt_embeds_dim": model.prompt_embeds_dim,
+        "text_length": model.text_length,
+        "default_height": model.default_height,
+        "default_width": model.default_width,
+        "state_slots": manifest.state_slots,
+        "multiple_of": profile.multiple_of,
+        "max_batch": profile.max_batch,
+    }
+
+
 def _check_size(path: Path, record: FileRecord) -> None:
-    rebuild = "copy the bundle again, or rebuild it with: sdrt build"
     try:
-        size = path.stat().st_size
-    except OSError:
-        raise BundleError(f"{record.path} is missing from the bundle ({path})", hint=rebuild) from None
-    if size != record.size_bytes:
-        difference = abs(size - record.size_bytes)
-        word = "shorter" if size < record.size_bytes else "longer"
-        raise BundleError(f"{path} is {difference} bytes {word} than its manifest says", hint=rebuild)
+        status = path.stat()
+    except FileNotFoundError:
+        raise BundleError(f"{record.path} is missing from the bundle ({path})", hint=_COPY_AGAIN) from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}", hint=_COPY_AGAIN) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{path} is not a file, as its manifest says", hint=_COPY_AGAIN)
+    if status.st_size != record.size_bytes:
+        difference = abs(status.st_size - record.size_bytes)
+        word = "shorter" if status.st_size < record.size_bytes else "longer"
+        raise BundleError(f"{path} is {difference} bytes {word} than its manifest says", hint=_COPY_AGAIN)

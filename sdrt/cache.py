@@ -1,18 +1,24 @@
 """The build cache: finished results of the build stages, found again by everything that entered them."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-import tempfile
+import time
 import warnings
 from pathlib import Path
 
 from sdrt.bundle import JsonValue
-from sdrt.files import sha256_of, staged_directory, write_atomically
+from sdrt.errors import BundleError, OutputError
+from sdrt.files import contained_path, sha256_of, staged_directory, write_atomically
 
 _INDEX_NAME = "entry.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_SETTLED_SECONDS = 2.0  # the coarsest clock of a file system: a younger file may change without changing its time
 
 
 def cache_key(**inputs: JsonValue) -> str:
@@ -22,15 +28,18 @@ def cache_key(**inputs: JsonValue) -> str:
 
 
 def default_cache_root() -> Path:
-    """$SDRT_CACHE, else $XDG_CACHE_HOME/sdrt, else ~/.cache/sdrt."""
-    if "SDRT_CACHE" in os.environ:
-        return Path(os.environ["SDRT_CACHE"])
+    """$SDRT_CACHE, else $XDG_CACHE_HOME/sdrt, else ~/.cache/sdrt. A variable that is empty counts as unset."""
+    if own := os.environ.get("SDRT_CACHE"):
+        return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "sdrt"
 
 
 class Store:
-    """A content-addressed store of folders of files, safe to share between processes."""
+    """A content-addressed store of folders of files, safe to share between processes.
+
+    It only saves time: where it cannot be written, it warns, and the work is done again the next time.
+    """
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = default_cache_root() if root is None else root
@@ -45,62 +54,113 @@ class Store:
         index = _read_index(entry)
         if index is None:
             return False
-        damaged = [name for name, stamp in index.items() if _stamp(entry / name) != stamp]
-        if damaged:
+        if damaged := _damaged(entry, index):
             warnings.warn(f"the cache entry {entry} is damaged ({damaged[0]}); it is made again", stacklevel=2)
             shutil.rmtree(entry, ignore_errors=True)
             return False
-        for name in index:
-            (into / name).parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(entry / name, into / name)
+        placed: list[Path] = []
+        try:
+            for name in index:
+                target = into / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                placed.append(target)
+                _link_or_copy(entry / name, target)
+        except FileNotFoundError:
+            if not _damaged(entry, index):
+                raise
+            for target in placed:  # another process dropped the entry meanwhile
+                target.unlink(missing_ok=True)
+            return False
         return True
 
     def keep(self, key: str, folder: Path) -> None:
-        """Store every file of `folder` under the key. A second process storing the same key does no harm."""
+        """Store every file of `folder` under the key. A second process storing the same key does no harm.
+
+        Warns where the store cannot be written.
+        """
         entry = self._entry(key)
         if _read_index(entry) is not None:
             return
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with staged_directory(entry, overwrite=True) as staged:
-            index = {}
-            for path in sorted(item for item in folder.rglob("*") if item.is_file()):
-                name = path.relative_to(folder).as_posix()
-                (staged / name).parent.mkdir(parents=True, exist_ok=True)
-                _link_or_copy(path, staged / name)
-                index[name] = _stamp(staged / name)
-            (staged / _INDEX_NAME).write_text(json.dumps(index))
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            # What has no index is no entry. What a loss of power took is found by its size.
+            with staged_directory(entry, overwrite=entry.is_dir(), durable=False) as staged:
+                index = {}
+                for path in sorted(item for item in folder.rglob("*") if item.is_file()):
+                    name = path.relative_to(folder).as_posix()
+                    (staged / name).parent.mkdir(parents=True, exist_ok=True)
+                    _link_or_copy(path, staged / name)
+                    index[name] = _stamp(staged, name)
+                (staged / _INDEX_NAME).write_text(json.dumps(index))
+        except (OSError, OutputError) as error:
+            if _read_index(entry) is None:  # else another process was faster
+                self._warn(error)
 
     def sha256(self, path: Path) -> str:
-        """A file's sha256, remembered by its place, size, time and inode so that it is read only once."""
+        """A file's sha256, remembered by its size, time and inode so that it is read only once.
+
+        The place counts only where the time is too coarse to tell files apart: a file that the store lends to one
+        temporary folder after another is still the same.
+        """
         status = path.stat()
-        identity = cache_key(
-            path=str(path.resolve()), size=status.st_size, mtime=status.st_mtime_ns, inode=status.st_ino
-        )
-        memo = self.root / "hashes" / identity[:2] / identity
-        if memo.is_file() and len(remembered := memo.read_text()) == 64:
+        memo = self._memo(path, status)
+        if (remembered := _read_memo(memo)) is not None:
             return remembered
         digest = sha256_of(path)
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memo, digest.encode(), overwrite=True)
+        settled = time.time() - status.st_mtime >= _SETTLED_SECONDS
+        if settled and self._memo(path, path.stat()) == memo:
+            try:
+                memo.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(memo, digest.encode(), overwrite=True, durable=False)
+            except (OSError, OutputError) as error:
+                self._warn(error)
         return digest
 
     def _entry(self, key: str) -> Path:
         return self.root / "entries" / key[:2] / key
 
+    def _memo(self, path: Path, status: os.stat_result) -> Path:
+        # Archives restore times in whole seconds, so that a file which takes over an inode may have its time too.
+        coarse = status.st_mtime_ns % 1_000_000 == 0
+        identity = cache_key(
+            place=str(path.resolve()) if coarse else status.st_dev,
+            size=status.st_size,
+            mtime=status.st_mtime_ns,
+            inode=status.st_ino,
+        )
+        return self.root / "hashes" / identity[:2] / identity
+
+    def _warn(self, error: Exception) -> None:
+        warnings.warn(
+            f"the cache {self.root} cannot be written ({error}); the next build does this work again", stacklevel=3
+        )
+
 
 def _read_index(entry: Path) -> dict[str, list[int]] | None:
     try:
         index = json.loads((entry / _INDEX_NAME).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return index if isinstance(index, dict) else None
 
 
-def _stamp(path: Path) -> list[int] | None:
-    """Size and modification time: a truncated or edited file differs in one of them."""
+def _read_memo(memo: Path) -> str | None:
     try:
-        status = path.stat()
-    except OSError:
+        text = memo.read_text()
+    except (OSError, ValueError):
+        return None
+    return text if _SHA256.fullmatch(text) else None
+
+
+def _damaged(entry: Path, index: dict[str, list[int]]) -> list[str]:
+    return [name for name, stamp in index.items() if _stamp(entry, name) != stamp]
+
+
+def _stamp(entry: Path, name: str) -> list[int] | None:
+    """Size and modification time: a truncated or edited file differs in one of them. None where it has none."""
+    try:
+        status = contained_path(entry, name).stat()
+    except (OSError, BundleError):
         return None
     return [status.st_size, status.st_mtime_ns]
 
@@ -110,9 +170,15 @@ def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+        if error.errno not in _NO_LINKS:
             raise
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial:
-            pass
-        shutil.copy2(source, partial.name)
-        Path(partial.name).replace(target)
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        shutil.copy2(source, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            target.unlink()
+        raise

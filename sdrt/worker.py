@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 from sdrt import errors
 from sdrt.bundle import JsonValue
@@ -111,14 +111,23 @@ def _follow(child: subprocess.Popen[str], progress: Progress) -> dict[str, JsonV
     outcome = None
     with child.stdout:
         for line in child.stdout:
-            message = json.loads(line)
+            message = _message(line)
             if "progress" in message:
                 progress(*message["progress"])
             elif "warning" in message:
                 warnings.warn(message["warning"], stacklevel=3)
-            else:
+            elif "result" in message or "error" in message:
                 outcome = message
     return outcome
+
+
+def _message(line: str) -> dict[str, Any]:
+    """A line of the protocol; empty for what a library printed before the child began to serve."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
 
 
 def _stop(child: subprocess.Popen[str]) -> None:
@@ -133,9 +142,9 @@ def _stop(child: subprocess.Popen[str]) -> None:
 def _reported_error(report: JsonValue) -> SdrtError:
     if not isinstance(report, dict):
         raise TypeError(f"a child reported {report!r}, which is not an error")
-    kind = getattr(errors, str(report["kind"]), SdrtError)
-    error: SdrtError = kind(str(report["message"]), hint=str(report["hint"]))
-    return error
+    named = getattr(errors, str(report["kind"]), None)
+    kind = named if isinstance(named, type) and issubclass(named, SdrtError) else SdrtError
+    return kind(str(report["message"]), hint=str(report["hint"]))
 
 
 def _unexpected_death(module: str, code: int, stderr: IO[str], hint_if_absent: str) -> SdrtError:

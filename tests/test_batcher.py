@@ -38,10 +38,21 @@ def serially(pipeline, requests):
     return [pixels(pipeline.generate(request)) for request in requests]
 
 
+def hold_until(event, order):
+    def before(name, feeds):
+        order.append(name)
+        event.wait(10)
+
+    return before
+
+
 def test_mixed_requests_equal_the_same_requests_alone(fake):
-    requests = mixture(24)
-    with Batcher(fake(), max_batch=8) as batcher:
-        results = [ticket.result(30) for ticket in [batcher.submit(request) for request in requests]]
+    requests, submitted = mixture(24), threading.Event()
+    # Held until all are there: else a fast worker draws each alone, and nothing is mixed.
+    with Batcher(fake(FakeRunner(before=hold_until(submitted, []))), max_batch=8) as batcher:
+        tickets = [batcher.submit(request) for request in requests]
+        submitted.set()
+        results = [ticket.result(30) for ticket in tickets]
         assert batcher.stats().occupancy > 2
     assert [pixels(result) for result in results] == serially(fake(), requests)
 
@@ -144,14 +155,6 @@ def test_a_bare_future_that_is_cancelled_is_a_cancelled_ticket(fake):
             ticket.result(1)
         assert batcher.submit(Request(prompt="red", num_inference_steps=2, seed=0)).result(10).images
         assert batcher.stats().cancelled == 1
-
-
-def hold_until(event, order):
-    def before(name, feeds):
-        order.append(name)
-        event.wait(10)
-
-    return before
 
 
 def test_those_still_being_denoised_wait_for_one_decode_at_a_time(fake):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sdrt.errors import BackendError, ParityError, RequestError, SdrtError
+from sdrt.noise import TorchGenerator
 from sdrt.pipeline import Pipeline
 from sdrt.request import Request
 from sdrt.runners.fake import FakeRunner
@@ -15,6 +16,17 @@ def test_every_network_evaluation_is_an_event_and_the_last_carries_the_result(fa
     events = list(fake().stream("red circle", **OPTIONS))
     assert [event.row for event in events] == [1, 2, 3, 4]
     assert [event.result is not None for event in events] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+def test_a_trajectory_starts_at_the_noise_of_its_seed_at_the_plans_scale(fake, scheduler):
+    pipeline = fake()
+    request = pipeline.resolve(Request(prompt="red", scheduler=scheduler, num_inference_steps=4, seed=6))
+    state = pipeline.prepare(request).trajectories[0].state
+    noise = TorchGenerator(6).randn((1, 4, 8, 8))[0]
+    np.testing.assert_array_equal(state[0], noise * np.float32(request.plan.initial_scale))
+    assert not state[1:].any()
+    assert (request.plan.initial_scale > 2) is (scheduler == "euler")
 
 
 def test_pndm_evaluates_the_network_once_more_than_it_has_steps(fake):

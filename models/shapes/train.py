@@ -311,6 +311,8 @@ def package(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(out)
+    index = out / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_name_or_path": "shapes"}, indent=2) + "\n")
     # DDIM has no such field, but a PNDM made from this config needs it, as in Stable Diffusion 2.1.
     path = out / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"skip_prk_steps": True}, indent=2) + "\n")

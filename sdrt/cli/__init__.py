@@ -1,6 +1,7 @@
 """The command line: one app, its commands, and the one place where errors become lines and exit codes."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -64,11 +65,16 @@ for _command in (
 
 def main() -> None:
     """The program `sdrt`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # "≤" on a terminal that knows only ASCII
     code = run_command(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         code = _close_quietly()
     sys.exit(code)
 

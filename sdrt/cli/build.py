@@ -92,7 +92,8 @@ def build_bundle(
     from sdrt.files import check_writable, output_errors, refuse_existing
 
     options = dict(zip(flags[::2], flags[1::2], strict=True))
-    golden = golden_size(sizes)
+    listed = listed_sizes(sizes)
+    golden = listed[0] if listed else None
     _check_batch(options.get("--batch", "1"))
     _check_backend(options.get("--backend", "auto"))
     refuse_existing(out, overwrite=force)
@@ -102,7 +103,7 @@ def build_bundle(
     if is_onnx_folder(folder):
         run_stage(ENGINES, [str(folder), str(out), *flags], progress)
         return Bundle.open(out), None
-    _check_diffusers_folder(folder, golden)
+    _check_diffusers_folder(folder, listed)
     check_installed(ENGINES)
     with (
         output_errors(out),
@@ -115,13 +116,13 @@ def build_bundle(
     return Bundle.open(out), record.get("peak_bytes")
 
 
-def golden_size(sizes: str | None) -> Size | None:
-    """The (height, width) that the reference image is drawn at: the first of --sizes, or the least of its range.
+def listed_sizes(sizes: str | None) -> list[Size]:
+    """The (height, width) of each size that --sizes names: those of a list, or the two ends of a range.
 
-    Raises RequestError when the text is neither a list nor a range of sizes.
+    The reference image is drawn at the first. Raises RequestError when the text is neither list nor range.
     """
     if sizes is None:
-        return None
+        return []
     parts = [part.strip() for part in (sizes.split("..") if ".." in sizes else sizes.split(","))]
     if ".." in sizes and len(parts) != 2:
         raise RequestError(f"--sizes {sizes!r} is not one range", hint=_SIZES_HINT)
@@ -136,7 +137,9 @@ def golden_size(sizes: str | None) -> Size | None:
             raise RequestError(f"--sizes {sizes!r}: {part!r} is not a size", hint=_SIZES_HINT) from None
     if min(side for size in read for side in size) < 1:
         raise RequestError(f"--sizes {sizes!r} holds an empty size", hint=_SIZES_HINT)
-    return read[0]
+    if ".." in sizes and (read[0][0] > read[1][0] or read[0][1] > read[1][1]):
+        raise RequestError(f"--sizes {sizes!r} ends below its start", hint=_SIZES_HINT)
+    return read
 
 
 def is_onnx_folder(folder: Path) -> bool:
@@ -184,7 +187,7 @@ def _check_backend(backend: str) -> None:
         raise BuildError(f"the backend {needed} is not installed", hint=BACKEND_INSTALLS[needed])
 
 
-def _check_diffusers_folder(folder: Path, golden: Size | None) -> None:
+def _check_diffusers_folder(folder: Path, sizes: Sequence[Size]) -> None:
     if not folder.is_dir():
         hint = "name a diffusers folder; convert a single file with diffusers' from_single_file and save_pretrained"
         raise CheckpointError(f"{folder} is a file, not a diffusers folder", hint=hint)
@@ -195,21 +198,21 @@ def _check_diffusers_folder(folder: Path, golden: Size | None) -> None:
         )
     check_installed(EXPORT)
     multiple = size_multiple(folder)
-    if golden is None or multiple is None:
+    if multiple is None:
         return
-    height, width = golden
-    if height % multiple or width % multiple:
-        near = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
-        raise RequestError(
-            f"{width}x{height} is not a size of this model: both sides must be multiples of {multiple} pixels",
-            hint=f"the nearest one is {near}",
-        )
+    for height, width in sizes:
+        if height % multiple or width % multiple:
+            near = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
+            raise RequestError(
+                f"{width}x{height} is not a size of this model: both sides must be multiples of {multiple} pixels",
+                hint=f"the nearest one is {near}",
+            )
 
 
 def size_multiple(folder: Path) -> int | None:
-    """The pixel grid of a diffusers folder's model; None where its configs do not tell (the export then refuses it)."""
+    """The pixel grid of a model folder; None where its configs do not tell (the stages then refuse it)."""
     multiple = 1
-    for component in ("unet", "vae"):
+    for component in ("unet", "vae_decoder" if is_onnx_folder(folder) else "vae"):
         try:
             config = json.loads((folder / component / "config.json").read_bytes())
             levels = len(config["block_out_channels"])

@@ -89,7 +89,14 @@ def run(
     height: Annotated[int | None, typer.Option(metavar="H", help="Instead of --size.", show_default=False)] = None,
     images: Annotated[
         int | None,
-        typer.Option("--num-images", "-n", metavar="N", help="Images to draw. Default: 1.", show_default=False),
+        typer.Option(
+            "--num-images",
+            "--num-images-per-prompt",
+            "-n",
+            metavar="N",
+            help="Images to draw. Default: 1.",
+            show_default=False,
+        ),
     ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all images in one, as NAME-grid.png.")] = False,
     from_image: Annotated[

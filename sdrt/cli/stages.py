@@ -15,7 +15,7 @@ EXPORT, ENGINES, BENCHMARKS = "sdrt.export", "sdrt.engines", "sdrt.benchmarks"
 NEEDS = {
     EXPORT: ("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors"),
     ENGINES: ("onnx",),
-    BENCHMARKS: ("jinja2", "matplotlib", "psutil", "scipy"),
+    BENCHMARKS: ("jinja2", "psutil", "scipy"),
 }
 EXTRAS = {EXPORT: "export", ENGINES: "engines", BENCHMARKS: "bench"}
 

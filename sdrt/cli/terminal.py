@@ -134,7 +134,9 @@ def print_error(error: SdrtError, *, as_json: bool) -> int:
     _say("hint", "bold", error.hint)
     if as_json:
         report = {"kind": type(error).__name__, "message": one_line(error.message), "hint": one_line(error.hint)}
-        print(json.dumps({"error": report}), flush=True)
+        # Where stdout itself is what failed, the two lines have to do.
+        with contextlib.suppress(OSError):
+            print(json.dumps({"error": report}), flush=True)
     return error.exit_code
 
 

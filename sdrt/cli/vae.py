@@ -1,6 +1,7 @@
 """`sdrt encode` and `sdrt decode`: between images and latents, with the bundle's VAE."""
 
 import io
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,7 +90,7 @@ def read_latents(path: Path) -> "FloatArray":
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise RequestError(f"there is no file {path}", hint="check the path") from None
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, zipfile.BadZipFile) as error:
         raise RequestError(f"{path} holds no latents: {error}", hint=hint) from error
     if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32, np.float64):
         raise RequestError(f"{path} holds no array of floating-point numbers", hint=hint)

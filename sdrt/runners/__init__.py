@@ -1,11 +1,12 @@
 """Choosing the runner of a bundle: the one place that looks at its backend's name."""
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from sdrt.bundle import BackendName, BackendRecord, Bundle
-from sdrt.errors import BackendError, BundleError
+from sdrt.errors import BackendError, BundleError, RequestError
 from sdrt.runners.base import Runner
 from sdrt.runners.cpu import cpu_features
 
@@ -20,26 +21,39 @@ def open_runner(bundle: Bundle, *, threads: int | None = None) -> Runner:
     """Open a bundle's engines on this machine, with all cores of this process unless `threads` says fewer.
 
     Raises BackendError when the backend or a CPU feature is absent, BundleError when the backend is another
-    version than the one that the bundle was built and checked with.
+    version than the one that the bundle was built and checked with, RequestError for less than one thread.
     """
+    if threads is not None and threads < 1:
+        raise RequestError(f"threads is {threads}", hint="ask for at least one, or leave it out for all cores")
     backend = bundle.manifest.backend
     check_backend(backend)
-    if backend.name == "openvino":
+    try:
+        return _open(bundle, threads)
+    except ImportError as error:
+        raise BackendError(
+            f"{backend.name} is installed but cannot be loaded: {error}",
+            hint=f"install it again: {_INSTALL[backend.name]}",
+        ) from error
+
+
+def _open(bundle: Bundle, threads: int | None) -> Runner:
+    name = bundle.manifest.backend.name
+    if name == "openvino":
         from sdrt.runners.openvino import OpenVinoRunner
 
         return OpenVinoRunner(bundle, threads=threads)
-    if backend.name == "onnxruntime":
+    if name == "onnxruntime":
         from sdrt.runners.onnxruntime import OnnxRuntimeRunner
 
         return OnnxRuntimeRunner(bundle, threads=threads)
-    raise BackendError(f"this sdrt has no runner for {backend.name}", hint=_INSTALL[backend.name])
+    raise BackendError(f"this sdrt has no runner for {name}", hint=_INSTALL[name])
 
 
 def check_backend(backend: BackendRecord) -> None:
     """Compare what a bundle needs with what this machine has, before any engine is touched."""
     if importlib.util.find_spec(backend.name) is None:
         raise BackendError(f"the bundle needs {backend.name}, which is not installed", hint=_INSTALL[backend.name])
-    installed = version(backend.name)
+    installed = _installed_version(backend.name)
     if _release(installed) != _release(backend.version):
         raise BundleError(
             f"the bundle was built with {backend.name} {backend.version}; {installed} is installed",
@@ -51,6 +65,13 @@ def check_backend(backend: BackendRecord) -> None:
             f"the bundle needs a CPU with {', '.join(absent)}, which this one has not",
             hint="rebuild it for this machine: sdrt build … --precision fp32",
         )
+
+
+def _installed_version(name: BackendName) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # from a distribution of another name, such as a nightly
+        return str(importlib.import_module(name).__version__)
 
 
 def _release(text: str) -> tuple[str, ...]:

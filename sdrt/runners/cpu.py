@@ -33,8 +33,18 @@ def native_precision() -> Literal["bf16", "fp32"]:
     return "bf16" if cpu_features().intersection(BF16_FEATURES) else "fp32"
 
 
-def available_cores() -> int:
-    """How many cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def available_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
+    """How many physical cores this process may run on: two threads of one core share its arithmetic units.
+
+    Where the system does not tell which are siblings, every logical CPU counts.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    return len({_core_of(cpu, topology) for cpu in os.sched_getaffinity(0)})
+
+
+def _core_of(cpu: int, topology: Path) -> str:
+    try:
+        return (topology / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)

@@ -10,7 +10,7 @@ from sdrt.bundle import Bundle, ComponentRecord
 from sdrt.errors import BackendError
 from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, Array, FloatArray
 from sdrt.runners.cpu import available_cores
-from sdrt.runners.feeds import checked_feeds
+from sdrt.runners.feeds import asked_component, checked_feeds
 
 _PROVIDERS = ["CPUExecutionProvider"]
 _OPENED_AT_ONCE = (TEXT_ENCODER, STEP, VAE_DECODER)
@@ -27,19 +27,19 @@ class OnnxRuntimeRunner:
 
     def run(self, component: str, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
         """See `Runner.run`."""
-        from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
-
         if self._closed:
             raise BackendError(f"{component} was asked of a runner that is closed", hint="open the bundle again")
-        record = self._bundle.component(component)
+        record = asked_component(self._bundle, component)
         ready = checked_feeds(record, feeds)
         if component not in self._sessions:
             self._sessions[component] = self._open(record)
         names = [spec.name for spec in record.outputs]
         try:
             outputs = self._sessions[component].run(names, ready)
-        except (Fail, InvalidArgument, RuntimeException) as error:
-            raise BackendError(f"{component} failed in ONNX Runtime: {error}", hint="sdrt verify") from error
+        except Exception as error:  # ONNX Runtime raises one class per status code, with no common base
+            raise BackendError(
+                f"{component} failed in ONNX Runtime: {error}", hint="check the bundle with: sdrt verify"
+            ) from error
         return {name: np.asarray(output, np.float32) for name, output in zip(names, outputs, strict=True)}
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class OnnxRuntimeRunner:
         options.log_severity_level = 3
         try:
             session = onnxruntime.InferenceSession(path, options, providers=_PROVIDERS)
-        except Exception as error:  # ONNX Runtime raises one class per status code, with no common base
+        except Exception as error:  # as above
             hint = "check the bundle with: sdrt verify"
             raise BackendError(f"ONNX Runtime cannot open {path}: {error}", hint=hint) from error
         check_providers(session.get_providers())

@@ -10,7 +10,7 @@ from sdrt.bundle import Bundle, ComponentRecord
 from sdrt.errors import BackendError
 from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, Array, FloatArray
 from sdrt.runners.cpu import available_cores
-from sdrt.runners.feeds import checked_feeds
+from sdrt.runners.feeds import asked_component, checked_feeds
 
 _OPENED_AT_ONCE = (TEXT_ENCODER, STEP, VAE_DECODER)  # what every image needs; the VAE encoder waits for its first use
 
@@ -33,7 +33,7 @@ class OpenVinoRunner:
         """See `Runner.run`."""
         if self._closed:
             raise BackendError(f"{component} was asked of a runner that is closed", hint="open the bundle again")
-        record = self._bundle.component(component)
+        record = asked_component(self._bundle, component)
         ready = checked_feeds(record, feeds)
         if component not in self._requests:
             self._requests[component] = self._compile(record)
@@ -44,7 +44,13 @@ class OpenVinoRunner:
                 spec.name: np.array(request.get_tensor(spec.name).data, dtype=np.float32) for spec in record.outputs
             }
         except RuntimeError as error:
-            raise BackendError(f"{component} failed in OpenVINO: {_first_line(error)}", hint="sdrt verify") from error
+            raise BackendError(
+                f"{component} failed in OpenVINO: {_last_line(error)}", hint="check the bundle with: sdrt verify"
+            ) from error
+        except MemoryError as error:
+            raise BackendError(
+                f"{component} needs more memory than there is", hint="ask for fewer or smaller images"
+            ) from error
 
     def close(self) -> None:
         """See `Runner.close`."""
@@ -66,9 +72,11 @@ class OpenVinoRunner:
             return self._core.compile_model(model, "CPU", self._settings(component.name)).create_infer_request()
         except RuntimeError as error:
             raise BackendError(
-                f"OpenVINO cannot open {path}: {_first_line(error)}",
+                f"OpenVINO cannot open {path}: {_last_line(error)}",
                 hint="check the bundle with: sdrt verify",
             ) from error
+        except MemoryError as error:
+            raise BackendError(f"{path} needs more memory than there is", hint="free some memory") from error
 
     def _settings(self, component: str) -> dict[str, object]:
         # The text encoder takes no time worth saving, and its error would reach every step.
@@ -80,6 +88,6 @@ class OpenVinoRunner:
         }
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
