@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import shutil
 import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -82,7 +83,31 @@ def write_onnx(path, nodes, inputs, output):
     onnx.save(model, path)
 
 
-def make_bundle(folder, backend, *, timestep_type="float32", **changes):
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory):
+    """Bundles that were made once, to be copied by each test that changes one."""
+    made = {}
+
+    def template(backend, timestep_type="float32"):
+        if (backend, timestep_type) not in made:
+            folder = tmp_path_factory.mktemp(f"{backend}-{timestep_type}")
+            made[backend, timestep_type] = make_bundle(folder, backend, timestep_type)
+        return made[backend, timestep_type]
+
+    return template
+
+
+@pytest.fixture
+def copied(templates, tmp_path):
+    def copy(backend, timestep_type="float32", **changes):
+        template = templates(backend, timestep_type)
+        shutil.copytree(template.path, tmp_path / "bundle")
+        return Bundle(path=tmp_path / "bundle", manifest=replace(template.manifest, **changes))
+
+    return copy
+
+
+def make_bundle(folder, backend, timestep_type):
     """A bundle of engines that run, opened without bundle.json: the runners see only the manifest."""
     components = []
     for name, (nodes, inputs, output) in graphs(timestep_type).items():
@@ -110,22 +135,23 @@ def make_bundle(folder, backend, *, timestep_type="float32", **changes):
         backend=BackendRecord(name=backend, version=version(backend), device="cpu", features=()),
         components=tuple(components),
     )
-    return Bundle(path=folder, manifest=replace(manifest, **changes))
+    return Bundle(path=folder, manifest=manifest)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(scope="module", params=BACKENDS)
 def backend(request):
     return request.param
 
 
 @pytest.fixture
-def bundle(tmp_path, backend):
-    return make_bundle(tmp_path, backend)
+def bundle(copied, backend):
+    return copied(backend)
 
 
-@pytest.fixture
-def runner(bundle):
-    with open_runner(bundle, threads=1) as runner:
+@pytest.fixture(scope="module")
+def runner(templates, backend):
+    """One runner for all tests that only run it."""
+    with open_runner(templates(backend), threads=1) as runner:
         yield runner
 
 
@@ -185,11 +211,12 @@ def test_feeds_are_not_changed_and_may_be_read_only(runner):
 
 
 @pytest.mark.parametrize("declared", TYPES)
-@pytest.mark.parametrize("fed", [np.int32, np.int64, np.float32, np.float64, np.float16])
-def test_the_timestep_is_cast_to_the_type_that_the_engine_declares(tmp_path, backend, declared, fed):
-    with open_runner(make_bundle(tmp_path, backend, timestep_type=declared), threads=1) as runner:
-        feeds = step_feeds(timestep=(981, 1), dtype=fed)
-        np.testing.assert_allclose(runner.run("step", feeds)["next_state"], expected_step(feeds), rtol=1e-5, atol=1e-4)
+def test_the_timestep_is_cast_to_the_type_that_the_engine_declares(templates, backend, declared):
+    with open_runner(templates(backend, declared), threads=1) as runner:
+        for fed in (np.int32, np.int64, np.float32, np.float64, np.float16):
+            feeds = step_feeds(timestep=(981, 1), dtype=fed)
+            made = runner.run("step", feeds)["next_state"]
+            np.testing.assert_allclose(made, expected_step(feeds), rtol=1e-5, atol=1e-4)
 
 
 def test_a_fractional_timestep_reaches_the_engine(runner):
@@ -415,12 +442,12 @@ def test_onnxruntime_on_another_provider_than_asked_is_an_error():
             check_providers(actual)
 
 
-def test_onnxruntime_that_falls_back_is_refused_on_opening(tmp_path, monkeypatch):
+def test_onnxruntime_that_falls_back_is_refused_on_opening(copied, monkeypatch):
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda self: ["OtherExecutionProvider"])
     with pytest.raises(BackendError, match="OtherExecutionProvider"):
-        open_runner(make_bundle(tmp_path, "onnxruntime"), threads=1)
+        open_runner(copied("onnxruntime"), threads=1)
 
 
 # Precision and threads
@@ -431,18 +458,18 @@ def openvino_property(runner, component, name):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_openvino_uses_the_threads_that_were_asked_for(tmp_path, threads):
-    with open_runner(make_bundle(tmp_path, "openvino"), threads=threads) as runner:
+def test_openvino_uses_the_threads_that_were_asked_for(copied, threads):
+    with open_runner(copied("openvino"), threads=threads) as runner:
         assert openvino_property(runner, "step", "INFERENCE_NUM_THREADS") == threads
 
 
-def test_onnxruntime_uses_the_threads_that_were_asked_for(tmp_path):
-    with open_runner(make_bundle(tmp_path, "onnxruntime"), threads=2) as runner:
+def test_onnxruntime_uses_the_threads_that_were_asked_for(copied):
+    with open_runner(copied("onnxruntime"), threads=2) as runner:
         assert runner._sessions["step"].get_session_options().intra_op_num_threads == 2
 
 
-def test_by_default_every_core_is_used(tmp_path):
-    with open_runner(make_bundle(tmp_path, "onnxruntime")) as runner:
+def test_by_default_every_core_is_used(copied):
+    with open_runner(copied("onnxruntime")) as runner:
         assert runner._sessions["step"].get_session_options().intra_op_num_threads == cpu.available_cores()
 
 
@@ -457,8 +484,8 @@ def test_float32_is_float32_also_where_the_backend_would_choose_less(runner):
 
 
 @pytest.mark.skipif(cpu.native_precision() != "bf16", reason="this CPU does not compute in bfloat16")
-def test_bf16_is_for_all_but_the_text_encoder(tmp_path):
-    with open_runner(make_bundle(tmp_path, "openvino", precision="bf16"), threads=1) as runner:
+def test_bf16_is_for_all_but_the_text_encoder(copied):
+    with open_runner(copied("openvino", precision="bf16"), threads=1) as runner:
         hints = {
             name: openvino_property(runner, name, "INFERENCE_PRECISION_HINT").to_string() for name in runner._requests
         }

@@ -15,17 +15,15 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
         text = cpuinfo.read_text()
     except OSError:
         return frozenset()
-    flags = next((line.split(":", 1)[1] for line in text.splitlines() if line.startswith("flags")), "")
-    return frozenset(flags.split()).intersection(_RELEVANT)
+    return frozenset(_field(text, "flags").split()).intersection(_RELEVANT)
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The CPU's marketing name, or its architecture where the system does not tell."""
     try:
-        lines = cpuinfo.read_text().splitlines()
+        return _field(cpuinfo.read_text(), "model name") or platform.machine()
     except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return platform.machine()
 
 
 def native_precision() -> Literal["bf16", "fp32"]:
@@ -41,6 +39,12 @@ def available_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     return len({_core_of(cpu, topology) for cpu in os.sched_getaffinity(0)})
+
+
+def _field(cpuinfo: str, name: str) -> str:
+    """The first CPU's value; empty where there is none."""
+    pairs = (line.partition(":") for line in cpuinfo.splitlines())
+    return next((text.strip() for key, _, text in pairs if key.strip() == name), "")
 
 
 def _core_of(cpu: int, topology: Path) -> str:
