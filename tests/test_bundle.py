@@ -316,6 +316,19 @@ def test_a_path_is_checked_again_whenever_it_is_used(folder):
         bundle.file(record)
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "engines/step/model.bin is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-3]), "is 3 bytes shorter than its manifest says"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"12"), "is 2 bytes longer than its manifest says"),
+    ],
+)
+def test_a_file_that_is_missing_or_of_another_size_is_found_on_opening(folder, damage, said):
+    damage(folder / "engines" / "step" / "model.bin")
+    refused(folder, said, "copy the bundle again, or rebuild it with: sdrt build")
+
+
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 def test_a_listed_file_that_is_something_else(folder, kind):
     path = folder / "golden" / "image.npz"
