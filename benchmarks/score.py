@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--max-batch", type=int, default=8)
+    parser.add_argument("--max-batch", type=int, default=4)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     case = ScoreCase(
