@@ -15,7 +15,7 @@ from sdrt.benchmarks.run import compare, summarise
 from sdrt.benchmarks.subjects import Subject
 from sdrt.bundle import Bundle, JsonValue
 from sdrt.errors import RequestError
-from sdrt.files import check_writable, refuse_existing
+from sdrt.files import check_replaceable, check_writable
 from sdrt.progress import Progress
 from sdrt.runners.cpu import available_cores
 
@@ -48,7 +48,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.bundle is None and options.suite != "sd15":
         raise RequestError("no bundle was named", hint="sdrt bench BUNDLE --baseline MODEL --out DIR")
     subjects.peer_names(options.contestants)
-    refuse_existing(options.out, overwrite=options.force)
+    check_replaceable(options.out, mark="report.json", overwrite=options.force)
     check_writable(options.out)
 
 

@@ -26,7 +26,7 @@ from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder, read_onnx_folder
 from sdrt.engines.precision import choose_builder, choose_precision
 from sdrt.engines.profile import parse_profile
 from sdrt.errors import Cancelled
-from sdrt.files import check_writable, refuse_existing, staged_directory
+from sdrt.files import check_replaceable, check_writable, staged_directory
 from sdrt.plan.rows import MAX_STATE_SLOTS
 from sdrt.progress import Progress
 
@@ -62,7 +62,7 @@ def build_bundle(onnx_folder: Path, out: Path, options: BuildOptions, progress: 
 
 
 def _build(onnx_folder: Path, out: Path, options: BuildOptions, progress: Progress) -> Manifest:
-    refuse_existing(out, overwrite=options.overwrite)
+    check_replaceable(out, mark="bundle.json", overwrite=options.overwrite)
     builder = choose_builder(options.backend)
     precision = choose_precision(options.precision, builder)
     folder = read_onnx_folder(onnx_folder)

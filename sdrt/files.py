@@ -74,6 +74,20 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{path} exists already", hint="name another output, or allow overwriting it with --force")
 
 
+def check_replaceable(path: Path, *, mark: str, overwrite: bool) -> None:
+    """Raise OutputError unless `path` is free, or may be replaced and is a folder of ours.
+
+    mark: the file that tells such a folder ("bundle.json"). A folder of somebody's pictures is never replaced.
+    """
+    refuse_existing(path, overwrite=overwrite)
+    foreign = path.is_dir() and any(path.iterdir()) and not (path / mark).exists()
+    if foreign or path.is_file():
+        raise OutputError(
+            f"{path} holds something that sdrt did not make there (no {mark} in it)",
+            hint="name another output, or remove it yourself",
+        )
+
+
 def check_writable(path: Path) -> None:
     """Raise OutputError unless a file or folder could be made at `path` now."""
     probe = _sibling(path, "probe")

@@ -353,9 +353,17 @@ def test_a_bundle_that_exists_is_not_touched(tiny_export, tmp_path):
     (out / "precious").write_text("mine")
     with pytest.raises(OutputError):
         build_with(tiny_export, out)
+    with pytest.raises(OutputError, match="did not make"):
+        build_with(tiny_export, out, overwrite=True)
     assert (out / "precious").read_text() == "mine"
+
+
+def test_a_bundle_is_replaced_on_request(tiny_export, tmp_path):
+    out = tmp_path / "a.sdrt"
+    build_with(tiny_export, out)
+    (out / "note").write_text("old")
     build_with(tiny_export, out, overwrite=True)
-    assert not (out / "precious").exists()
+    assert not (out / "note").exists()
 
 
 def test_a_failed_overwrite_keeps_the_old_bundle(onnx_folder, tmp_path):

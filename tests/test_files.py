@@ -436,3 +436,16 @@ def test_no_text_at_all_leaves_the_root(relative):
     except BundleError:
         return
     assert os.path.normpath(path).startswith(f"{root}/")
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    files.check_replaceable(pictures, mark="bundle.json", overwrite=True)  # empty: nothing to lose
+    (pictures / "holiday.png").write_bytes(b"dear")
+    with pytest.raises(OutputError, match="did not make"):
+        files.check_replaceable(pictures, mark="bundle.json", overwrite=True)
+    (pictures / "bundle.json").write_text("{}")
+    files.check_replaceable(pictures, mark="bundle.json", overwrite=True)
+    with pytest.raises(OutputError, match="exists already"):
+        files.check_replaceable(pictures, mark="bundle.json", overwrite=False)

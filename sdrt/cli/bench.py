@@ -53,13 +53,13 @@ def bench(
 ) -> None:
     """Compare a bundle with PyTorch: speed, memory and parity, as a table and a report."""
     from sdrt.bundle import Bundle
-    from sdrt.files import check_writable, refuse_existing
+    from sdrt.files import check_replaceable, check_writable
 
     if size is not None:
         parse_size(size)
     if bundle is None and suite != "sd15":
         raise RequestError("no BUNDLE was named", hint="sdrt bench BUNDLE --baseline MODEL --out DIR")
-    refuse_existing(out, overwrite=force)
+    check_replaceable(out, mark="report.json", overwrite=force)
     check_writable(out)
     if bundle is not None:
         Bundle.open(bundle)

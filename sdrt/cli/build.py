@@ -89,14 +89,14 @@ def build_bundle(
     flags: options of the engines stage. Everything that can be refused early is refused before work begins.
     """
     from sdrt.bundle import Bundle
-    from sdrt.files import check_writable, output_errors, refuse_existing
+    from sdrt.files import check_replaceable, check_writable, output_errors
 
     options = dict(zip(flags[::2], flags[1::2], strict=True))
     listed = listed_sizes(sizes)
     golden = listed[0] if listed else None
     _check_batch(options.get("--batch", "1"))
     _check_backend(options.get("--backend", "auto"))
-    refuse_existing(out, overwrite=force)
+    check_replaceable(out, mark="bundle.json", overwrite=force)
     check_writable(out)
     folder = model_folder(model)
     flags = [*flags, *_threads(threads), *(["--overwrite"] if force else [])]
