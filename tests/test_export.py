@@ -1,0 +1,130 @@
+"""The export stage: what it writes computes what PyTorch computes, at shapes it was not traced with."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+
+from sdrt.cache import Store
+from sdrt.errors import ExportError
+from sdrt.export.check import Expected, check_component, relative_error
+from sdrt.export.checkpoint import component_hashes, identity_of, model_record, open_checkpoint
+from sdrt.export.components import COMPONENTS
+
+
+def session(folder, name):
+    return onnxruntime.InferenceSession(folder / name / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+def test_the_layout_is_the_standard_one(tiny_export):
+    for name in COMPONENTS:
+        assert (tiny_export / name / "model.onnx").is_file()
+        assert (tiny_export / name / "model.onnx.data").stat().st_size > 0
+        assert (tiny_export / name / "config.json").is_file()
+        assert (tiny_export / "golden" / f"{name}.npz").is_file()
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json", "export.json"):
+        assert (tiny_export / name).is_file()
+
+
+def test_weights_keep_the_checkpoints_names(tiny_export, tiny_checkpoint):
+    graph = onnx.load(tiny_export / "unet" / "model.onnx", load_external_data=False).graph
+    with safe_open(tiny_checkpoint / "unet" / "diffusion_pytorch_model.safetensors", "np") as file:
+        names = set(file.keys())
+        convolutions = {name for name in names if len(file.get_slice(name).get_shape()) == 4}
+    kept = {item.name for item in graph.initializer}
+    assert convolutions
+    assert convolutions <= kept
+    assert len(names & kept) >= 0.5 * len(names)
+
+
+def test_no_path_of_the_building_machine_is_left_in_the_graph(tiny_export):
+    for name in COMPONENTS:
+        assert b"site-packages" not in (tiny_export / name / "model.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 2), (4, 1, 1), (2, 2, 4)], ids=str)
+@pytest.mark.parametrize("name", ["unet", "vae_decoder", "vae_encoder"])
+def test_it_equals_pytorch_at_sizes_it_never_saw(name, shape, tiny_export, tiny_checkpoint):
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    spec = COMPONENTS[name]
+    inputs = spec.examples(checkpoint, shape)
+    with torch.no_grad():
+        expected = spec.build(checkpoint)(**inputs).numpy()
+    (actual,) = session(tiny_export, name).run([spec.output], {key: value.numpy() for key, value in inputs.items()})
+    assert relative_error(actual, expected) < 1e-4
+
+
+@pytest.mark.parametrize("length", [2, 9, 40, 77])
+def test_the_text_encoder_takes_any_length(length, tiny_export, tiny_checkpoint):
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    spec = COMPONENTS["text_encoder"]
+    inputs = spec.examples(checkpoint, (2, length, 0))
+    with torch.no_grad():
+        expected = spec.build(checkpoint)(**inputs).numpy()
+    (actual,) = session(tiny_export, "text_encoder").run([spec.output], {"input_ids": inputs["input_ids"].numpy()})
+    assert relative_error(actual, expected) < 1e-4
+
+
+def test_fractions_of_a_timestep_count(tiny_export, tiny_checkpoint):
+    inputs = COMPONENTS["unet"].examples(open_checkpoint(tiny_checkpoint), (1, 1, 1))
+    feeds = {key: value.numpy() for key, value in inputs.items()}
+    unet = session(tiny_export, "unet")
+    at = [unet.run(None, feeds | {"timestep": np.array([t], np.float32)})[0] for t in (981.0, 981.37)]
+    assert np.abs(at[0] - at[1]).max() > 0
+
+
+def test_a_moved_folder_still_loads(tiny_export, tmp_path):
+    moved = shutil.copytree(tiny_export / "unet", tmp_path / "elsewhere")
+    onnxruntime.InferenceSession(moved / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+def test_a_wrong_trace_is_an_error(tiny_export):
+    with np.load(tiny_export / "golden" / "vae_decoder.npz") as golden:
+        inputs = {"latent_sample": golden["input.latent_sample"]}
+        wrong = golden["output.sample"] + np.float32(0.01)
+    path = tiny_export / "vae_decoder" / "model.onnx"
+    with pytest.raises(ExportError, match="differs from PyTorch"):
+        check_component(path, "sample", [Expected(inputs=inputs, output=wrong)], threads=1)
+
+
+def test_values_that_are_not_finite_are_infinitely_wrong():
+    good = np.ones(3, np.float32)
+    assert relative_error(np.array([1, np.nan, 1], np.float32), good) == float("inf")
+    assert relative_error(good[:2], good) == float("inf")
+
+
+def test_an_unchanged_checkpoint_is_exported_again_without_pytorch(tiny_checkpoint, tiny_export, tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom sdrt.export.package import export_model\n"
+        f"export_model(Path({str(tiny_checkpoint)!r}), Path({str(tmp_path / 'again')!r}))\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules, 'PyTorch was loaded'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    first = json.loads((tiny_export / "export.json").read_text())
+    assert json.loads((tmp_path / "again" / "export.json").read_text()) == first
+
+
+def test_only_what_changed_has_another_key(tiny_checkpoint, tmp_path):
+    store = Store(tmp_path / "cache")
+    changed = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    config = changed / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    before, after = open_checkpoint(tiny_checkpoint), open_checkpoint(changed)
+    assert component_hashes(before, "unet", store) == component_hashes(after, "unet", store)
+    assert component_hashes(before, "vae", store) != component_hashes(after, "vae", store)
+    assert identity_of(before, store) != identity_of(after, store)
+    assert model_record(after, store).vae_scaling_factor == 0.5
+
+
+def test_the_scheduler_is_what_the_pipeline_would_make_of_it(tiny_checkpoint, tmp_path):
+    changed = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    config = changed / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"steps_offset": 0}))
+    assert model_record(open_checkpoint(changed), Store(tmp_path / "cache")).scheduler_config["steps_offset"] == 1
