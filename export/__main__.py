@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--golden-size", help="HEIGHTxWIDTH of the reference image")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--linked", action="store_true", help="let files be hard links into the cache")
     options = parser.parse_args(arguments)
 
     def export(progress: Progress) -> JsonValue:
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             golden_size=_parse_size(options.golden_size),
             threads=options.threads,
             overwrite=options.overwrite,
+            linked=options.linked,
             progress=progress,
         )
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -11,11 +11,11 @@ from sdrt.cache import Store, cache_key
 from sdrt.export.checkpoint import Checkpoint, component_hashes, model_record, open_checkpoint
 from sdrt.export.golden import draw_reference, golden_request, reference_name, save_reference
 from sdrt.exported import EXPORT_FORMAT_VERSION, EXPORT_RECORD_NAME, ExportRecord, GoldenRequest
-from sdrt.files import staged_directory
+from sdrt.files import staged_directory, unshare
 from sdrt.progress import Progress, silent
 from sdrt.runners.cpu import available_cores
 
-EXPORTER_VERSION = 1  # raise it when the same checkpoint would give other ONNX files
+EXPORTER_VERSION = 2  # raise it when the same checkpoint would give other ONNX files
 SOURCES = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
 _COPIED = ("tokenizer", "scheduler")
 
@@ -27,6 +27,7 @@ def export_model(
     golden_size: tuple[int, int] | None = None,
     threads: int | None = None,
     overwrite: bool = False,
+    linked: bool = False,
     progress: Progress = silent,
     store: Store | None = None,
 ) -> ExportRecord:
@@ -34,6 +35,7 @@ def export_model(
 
     golden_size: (height, width) of the reference image, by default the model's own size. A component whose inputs
     did not change comes from the cache, and an unchanged checkpoint never loads PyTorch.
+    linked: files may be hard links into the cache. Faster, for a folder that is soon removed; onnx.load refuses them.
     Raises CheckpointError, ExportError, OutputError.
     """
     store = Store() if store is None else store
@@ -57,6 +59,8 @@ def export_model(
         for folder in _COPIED:
             shutil.copytree(checkpoint.path / folder, staged / folder)
         shutil.copyfile(checkpoint.path / "model_index.json", staged / "model_index.json")
+        if not linked:
+            unshare(staged)
         (staged / EXPORT_RECORD_NAME).write_bytes(msgspec.json.encode(record))
         progress("exported", len(stages), len(stages))
     return record
@@ -93,9 +97,11 @@ def _place(store: Store, key: str, staged: Path, make: "_Exporting | _Drawing") 
     if store.fetch(key, staged):
         return
     with tempfile.TemporaryDirectory(dir=staged, prefix=".making-") as name:
-        make(Path(name))
-        store.keep(key, Path(name))
-        shutil.copytree(name, staged, dirs_exist_ok=True, copy_function=_move)
+        made = Path(name) / "made"  # with the usual permissions, which the temporary folder itself has not
+        made.mkdir()
+        make(made)
+        store.keep(key, made)
+        shutil.copytree(made, staged, dirs_exist_ok=True, copy_function=_move)
 
 
 def _move(source: str, target: str) -> None:

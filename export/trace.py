@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 import torch
+from onnx_ir.passes import Sequential, common
+from onnxscript import optimizer, rewriter
 from torch import nn
 
 from sdrt.errors import ExportError
@@ -34,6 +37,7 @@ def trace_to_onnx(
                 output_names=[output],
                 opset_version=OPSET,
                 external_data=True,
+                optimize=False,  # see `simplify`
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
@@ -45,11 +49,36 @@ def trace_to_onnx(
     for name, value in list(program.model.graph.initializers.items()):
         if name.startswith(WRAPPER_PREFIX):
             value.name = name.removeprefix(WRAPPER_PREFIX)
+    simplify(program.model, weights={name.removeprefix(WRAPPER_PREFIX) for name, _ in module.named_parameters()})
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with the paths of this machine
     program.save(path, include_initializers=True, external_data=True)
     # By path: a model over 2 GiB cannot be checked in memory (onnx issues 4394 and 6556).
     onnx.checker.check_model(path)
+
+
+def simplify(model: onnx_ir.Model, *, weights: set[str]) -> None:
+    """Fold constants and fuse nodes as the exporter would, but leave every weight whole and under its own name.
+
+    The exporter's own optimisation stores transposed copies of linear layers' weights under new names and merges
+    equal weights; then nothing could find them again to add an adapter or to refit an engine.
+    """
+
+    def should_fold(node: onnx_ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in weights for value in node.inputs) else None
+
+    common.InlinePass()(model)
+    for _ in range(2):
+        optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=should_fold)
+        rewriter.rewrite(model)
+    clean_up = Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )
+    clean_up(model)
 
 
 class _quiet_logging:  # noqa: N801  (used as a block)

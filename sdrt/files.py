@@ -68,6 +68,14 @@ def staged_directory(target: Path, *, overwrite: bool = False, durable: bool = T
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def unshare(folder: Path) -> None:
+    """Give every file in `folder` that has other hard links a content of its own."""
+    for path in [item for item in folder.rglob("*") if item.is_file() and item.stat().st_nlink > 1]:
+        partial = _sibling(path, "partial")
+        shutil.copy2(path, partial)
+        partial.replace(path)
+
+
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raise OutputError when something is at `path` and may not be replaced."""
     if not overwrite and os.path.lexists(path):

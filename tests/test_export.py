@@ -33,15 +33,30 @@ def test_the_layout_is_the_standard_one(tiny_export):
         assert (tiny_export / name).is_file()
 
 
-def test_weights_keep_the_checkpoints_names(tiny_export, tiny_checkpoint):
-    graph = onnx.load(tiny_export / "unet" / "model.onnx", load_external_data=False).graph
-    with safe_open(tiny_checkpoint / "unet" / "diffusion_pytorch_model.safetensors", "np") as file:
-        names = set(file.keys())
-        convolutions = {name for name in names if len(file.get_slice(name).get_shape()) == 4}
-    kept = {item.name for item in graph.initializer}
-    assert convolutions
-    assert convolutions <= kept
-    assert len(names & kept) >= 0.5 * len(names)
+@pytest.mark.parametrize(
+    ("name", "source", "own"),
+    [
+        ("text_encoder", "text_encoder/model", ""),
+        ("unet", "unet/diffusion_pytorch_model", ""),
+        ("vae_decoder", "vae/diffusion_pytorch_model", "decoder."),
+        ("vae_encoder", "vae/diffusion_pytorch_model", "encoder."),
+    ],
+)
+def test_every_weight_is_stored_whole_under_the_checkpoints_name(name, source, own, tiny_export, tiny_checkpoint):
+    graph = onnx.load(tiny_export / name / "model.onnx").graph
+    stored = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    with safe_open(tiny_checkpoint / f"{source}.safetensors", "np") as file:
+        weights = {key: file.get_tensor(key) for key in list(file.keys()) if key.startswith(own)}
+    assert weights
+    for key, value in weights.items():
+        np.testing.assert_array_equal(stored[key], value, err_msg=key)
+
+
+def test_the_folder_has_the_usual_permissions(tiny_export, tmp_path):
+    usual = tmp_path / "folder"
+    usual.mkdir()
+    folders = [tiny_export, *(item for item in tiny_export.rglob("*") if item.is_dir())]
+    assert {item.stat().st_mode for item in folders} == {usual.stat().st_mode}
 
 
 def test_no_path_of_the_building_machine_is_left_in_the_graph(tiny_export):

@@ -21,6 +21,7 @@ from sdrt.files import (
     refuse_existing,
     sha256_of,
     staged_directory,
+    unshare,
     write_atomically,
 )
 
@@ -449,3 +450,14 @@ def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path):
     files.check_replaceable(pictures, mark="bundle.json", overwrite=True)
     with pytest.raises(OutputError, match="exists already"):
         files.check_replaceable(pictures, mark="bundle.json", overwrite=False)
+
+
+def test_unshared_files_keep_their_content_and_lose_their_links(tmp_path):
+    (tmp_path / "kept").write_bytes(b"kept")
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    os.link(tmp_path / "kept", folder / "deep" / "linked")
+    unshare(folder)
+    assert (folder / "deep" / "linked").read_bytes() == b"kept"
+    assert (tmp_path / "kept").stat().st_nlink == (folder / "deep" / "linked").stat().st_nlink == 1
+    assert [item.name for item in folder.rglob("*")] == ["deep", "linked"]

@@ -22,13 +22,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdrt.models.shapes.scenes import scenes
+from sdrt.models.shapes.reading import build_reader, end_of_caption, reading_loss, reading_targets
+from sdrt.models.shapes.scenes import is_held_out, sample_scene, scenes
 
 VAE_SCENES = 4_000
 UNET_SCENES = 20_000
 TEXT_LENGTH = 77
 EMPTY_CAPTION_RATE = 0.1
 LAYOUT_CAP = 8.0
+READING_ITERATIONS = 800
+READING_WEIGHT = 0.05
+WARM_UP = 100  # iterations after a start or a resume: the optimiser's own state starts empty
 SNR_CAP = 5.0  # Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy"
 
 SCHEDULE = {
@@ -235,6 +239,28 @@ def loss_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return (SNR_CAP / snr).clamp(max=1.0) * (1 + 1 / snr).sqrt().clamp(max=LAYOUT_CAP)
 
 
+def teach_reading(both: torch.nn.ModuleDict, tokenizer: CLIPTokenizer) -> None:
+    """Train the text encoder and its reader on captions alone, which takes seconds, before a UNet listens to it."""
+    rng = np.random.default_rng(3)
+    parameters = [*both["text_encoder"].parameters(), *both["reader"].parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-2)
+    began = time.monotonic()
+    for iteration in range(READING_ITERATIONS):
+        captions = [caption for caption in (sample_scene(rng).caption for _ in range(96)) if not is_held_out(caption)]
+        ids = tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+        embeds = both["text_encoder"](ids)[0]
+        ends = end_of_caption(embeds, ids, tokenizer.eos_token_id)
+        loss, right = reading_loss(both["reader"](ends), reading_targets(captions))
+        optimiser.param_groups[0]["lr"] = rate_at(iteration, READING_ITERATIONS, 1e-3)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        if iteration % 100 == 99:
+            seconds = round(time.monotonic() - began)
+            log("reading", iteration=iteration + 1, seconds=seconds, loss=round(loss.item(), 5), right=right.item())
+
+
 def train_denoiser(
     latents: torch.Tensor,
     captions: list[str],
@@ -243,46 +269,51 @@ def train_denoiser(
     *,
     iterations: int,
 ) -> tuple[CLIPTextModel, UNet2DConditionModel]:
-    """Epsilon prediction with min-SNR weights, text encoder and UNet together."""
+    """Epsilon prediction, text encoder and UNet together; the text encoder goes on being asked what it read."""
     torch.manual_seed(0)
     both = torch.nn.ModuleDict({"text_encoder": build_text_encoder(tokenizer), "unet": build_unet()})
     both["unet"].to(memory_format=torch.channels_last)
+    both["reader"] = build_reader(both["text_encoder"].config.hidden_size)
     if path.exists():
         both.load_state_dict(load_file(path))
         return both["text_encoder"], both["unet"]
     ids = tokenizer(["", *captions], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+    readings = reading_targets(["", *captions])
     schedule = DDPMScheduler(**SCHEDULE)
     weights = loss_weights(schedule.alphas_cumprod)
     latest = path.with_suffix(".latest.safetensors")
     first = resume(both, latest)
+    if first == 0:
+        teach_reading(both, tokenizer)
     averaged = Averaged(both, 0.999)
     optimiser = torch.optim.AdamW(both.parameters(), lr=1.2e-3, betas=(0.9, 0.99), weight_decay=1e-2)
-
-    def loss_of(noisy: torch.Tensor, noise: torch.Tensor, steps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        embeds = both["text_encoder"](tokens)[0]
-        predicted = both["unet"](noisy, steps, embeds).sample.float()
-        return (predicted - noise).square().mean((1, 2, 3))
-
     size, began, running = 48, time.monotonic(), 1.0
     for iteration in range(first, iterations):
         chosen = torch.randint(len(latents), (size,))
-        tokens = ids[torch.where(torch.rand(size) < EMPTY_CAPTION_RATE, 0, chosen + 1)]
+        rows = torch.where(torch.rand(size) < EMPTY_CAPTION_RATE, 0, chosen + 1)
         # One timestep from each of `size` equal parts: the same distribution with less variance.
         steps = ((torch.arange(size) + torch.rand(size)) * (1000 / size)).long().clamp(max=999)
         clean = latents[chosen]
         noise = torch.randn_like(clean)
         noisy = schedule.add_noise(clean, noise, steps).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            losses = loss_of(noisy, noise, steps, tokens)
-        optimiser.param_groups[0]["lr"] = rate_at(iteration, iterations, 1.2e-3)
+            embeds = both["text_encoder"](ids[rows])[0]
+            predicted = both["unet"](noisy, steps, embeds).sample.float()
+        losses = (predicted - noise).square().mean((1, 2, 3))
+        ends = end_of_caption(embeds.float(), ids[rows], tokenizer.eos_token_id)
+        misread, read = reading_loss(both["reader"](ends), readings[rows])
+        optimiser.param_groups[0]["lr"] = rate_at(iteration, iterations, 1.2e-3) * min(1, (iteration - first) / WARM_UP)
         optimiser.zero_grad()
-        (losses * weights[steps]).mean().backward()
+        ((losses * weights[steps]).mean() + READING_WEIGHT * misread).backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimiser.step()
         averaged.update(both)
-        running += 0.02 * (losses.mean().item() - running)
+        running += max(0.02, 1 / (1 + iteration - first)) * (losses.mean().item() - running)
         if iteration % 50 == 49:
-            log("denoiser", iteration=iteration + 1, seconds=round(time.monotonic() - began), loss=round(running, 5))
+            seconds = round(time.monotonic() - began)
+            log(
+                "denoiser", iteration=iteration + 1, seconds=seconds, loss=round(running, 5), read=round(read.item(), 3)
+            )
         if iteration % 500 == 499:
             atomic_save(averaged.module.state_dict(), latest, iteration=iteration + 1)
     atomic_save(averaged.module.state_dict(), path)

@@ -111,7 +111,7 @@ def build_bundle(
     ):
         exported = Path(work) / "onnx"
         size_flags = [] if golden is None else ["--golden-size", f"{golden[0]}x{golden[1]}"]
-        record = run_stage(EXPORT, [str(folder), str(exported), *size_flags, *_threads(threads)], progress)
+        record = run_stage(EXPORT, [str(folder), str(exported), "--linked", *size_flags, *_threads(threads)], progress)
         run_stage(ENGINES, [str(exported), str(out), *flags], progress)
     return Bundle.open(out), record.get("peak_bytes")
 
