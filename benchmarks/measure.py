@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sdrt.parity import largest_level, psnr_db
+
 _RESAMPLES = 4_000
 _INTERVAL = (2.5, 97.5)  # percentiles of the resampled values
 
@@ -91,16 +93,10 @@ def parity(pictures: Sequence[npt.NDArray[np.uint8]], references: Sequence[npt.N
     if shapes:
         raise ValueError(f"a picture of shape {shapes[0][0]} cannot be compared with one of {shapes[0][1]}")
     return Parity(
-        largest_difference=max(int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in pairs),
-        psnr_db=min(psnr(a, b) for a, b in pairs),
+        largest_difference=max(largest_level(a, b) for a, b in pairs),
+        psnr_db=min(psnr_db(a, b) for a, b in pairs),
         pictures=len(pairs),
     )
-
-
-def psnr(actual: npt.NDArray[np.uint8], expected: npt.NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 images; infinite when they are equal."""
-    error = np.mean((actual.astype(np.float64) - expected.astype(np.float64)) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
 
 
 def _resampled(count: int, seed: int) -> npt.NDArray[np.int64]:

@@ -1,6 +1,5 @@
 """Sealing: every engine and the whole image measured against the reference, through the runner that will serve them."""
 
-import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from sdrt.bundle import Bundle, ParityRecord, Precision
 from sdrt.engines.step_graph import PROMPT_EMBEDS, SAMPLE, TIMESTEP
 from sdrt.errors import BuildError, ParityError
 from sdrt.exported import GoldenRequest
+from sdrt.parity import image_parity, max_relative, meets
 from sdrt.pipeline import Pipeline
 from sdrt.request import Request
 from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array, FloatArray, Runner
@@ -89,38 +89,15 @@ def check_image(
     made = make_image(bundle, runner, request)
     if made.shape != image.shape:
         raise ParityError(f"the image has the shape {made.shape}, the reference {image.shape}", hint=_DAMAGED)
-    difference = np.abs(made.astype(np.float64) - image) / 255
     if precision == "fp32":
-        largest = float(difference.max())
-        record = ParityRecord(metric="max_absolute", measured=largest, bound=IMAGE_LEVELS / 255)
-        if not largest <= record.bound:
-            raise ParityError(
-                f"a pixel of the golden image is off by {largest * 255:.0f}/255, more than {IMAGE_LEVELS}/255",
-                hint=_advice(precision),
-            )
-        return record
-    psnr = psnr_db(difference)
-    if not psnr >= IMAGE_PSNR_DB:
-        raise ParityError(
-            f"the golden image has {psnr:.1f} dB PSNR, less than {IMAGE_PSNR_DB:.0f} dB", hint=_advice(precision)
-        )
-    return ParityRecord(metric="psnr_db", measured=psnr, bound=IMAGE_PSNR_DB)
-
-
-def max_relative(measured: FloatArray, expected: FloatArray) -> float:
-    """Largest error over the largest expected value; infinite where the shapes differ or something is not finite."""
-    if measured.shape != expected.shape or not (np.isfinite(measured).all() and np.isfinite(expected).all()):
-        return float("inf")
-    scale = float(np.abs(expected).max(initial=0.0))
-    error = float(np.abs(measured.astype(np.float64) - expected).max(initial=0.0))
-    if scale == 0.0:
-        return 0.0 if error == 0.0 else float("inf")
-    return error / scale
-
-
-def psnr_db(difference: npt.NDArray[np.float64]) -> float:
-    """Peak signal to noise of differences of values in [0, 1]; 100 dB stands for equal."""
-    return min(100.0, -10 * math.log10(max(float(np.mean(difference**2)), 1e-10)))
+        record = image_parity(made, image, metric="max_absolute", bound=IMAGE_LEVELS / 255)
+        far = f"a pixel of the golden image is off by {record.measured * 255:.0f}/255, more than {IMAGE_LEVELS}/255"
+    else:
+        record = image_parity(made, image, metric="psnr_db", bound=IMAGE_PSNR_DB)
+        far = f"the golden image has {record.measured:.1f} dB PSNR, less than {IMAGE_PSNR_DB:.0f} dB"
+    if not meets(record):
+        raise ParityError(far, hint=_advice(precision))
+    return record
 
 
 def _evaluate_network(runner: Runner, inputs: Mapping[str, Array], slots: int) -> FloatArray:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sdrt.errors import ExportError
+from sdrt.parity import max_relative
 
 BOUND = 1e-4  # float32 against float32: other kernels, other orders of summation
 
@@ -44,7 +45,7 @@ def check_component(path: Path, output: str, expectations: Sequence[Expected], *
     worst = 0.0
     for expected in expectations:
         (actual,) = session.run([output], expected.inputs)
-        error = relative_error(actual, expected.output)
+        error = max_relative(actual, expected.output)
         worst = max(worst, error)
         if not error <= BOUND:
             shapes = {name: list(array.shape) for name, array in expected.inputs.items()}
@@ -53,10 +54,3 @@ def check_component(path: Path, output: str, expectations: Sequence[Expected], *
                 hint="the exporter and this model do not fit together; report it with the model's config.json",
             )
     return worst
-
-
-def relative_error(actual: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
-    """Largest |actual - expected| over largest |expected|; infinite where shapes differ or values are not finite."""
-    if actual.shape != expected.shape or not (np.isfinite(actual).all() and np.isfinite(expected).all()):
-        return float("inf")
-    return float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-12))

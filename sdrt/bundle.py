@@ -27,6 +27,7 @@ _DTYPES = frozenset({"float16", "float32", "float64", "int32", "int64", "uint8",
 
 BackendName = Literal["openvino", "onnxruntime", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Metric = Literal["max_relative", "max_absolute", "psnr_db"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ class ParityRecord:
     metric: "max_relative" (largest |a - b| over largest |b|), "max_absolute", or "psnr_db" (higher is better).
     """
 
-    metric: Literal["max_relative", "max_absolute", "psnr_db"]
+    metric: Metric
     measured: float
     bound: float
 

@@ -1,23 +1,18 @@
 """Verifying a sealed bundle on this machine: every hash, then the golden image drawn again and compared."""
 
-import math
 import time
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from sdrt.bundle import Bundle, GoldenRecord, ParityRecord, verify_files
 from sdrt.errors import BundleError, ParityError
+from sdrt.parity import Pixels, image_parity, meets
 from sdrt.pipeline import Pipeline
 from sdrt.progress import Progress, silent
 from sdrt.request import Request
 from sdrt.runners import open_runner
-
-Pixels = npt.NDArray[np.uint8]
-
-LARGEST_PSNR_DB = 100.0  # stands for equal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +37,7 @@ def verify_bundle(bundle: Bundle, *, threads: int | None = None, progress: Progr
     golden = bundle.manifest.golden
     expected = read_golden_image(bundle)
     made = _draw(bundle, golden, threads, progress)
-    parity = replace(golden.parity, measured=difference(made, expected, golden.parity.metric))
+    parity = image_parity(made, expected, metric=golden.parity.metric, bound=golden.parity.bound)
     if not meets(parity):
         raise ParityError(
             f"the golden image is off on this machine: {parity.metric} {parity.measured:.4g}, "
@@ -74,24 +69,6 @@ def read_golden_image(bundle: Bundle) -> Pixels:
         raise BundleError(f"{path} holds {image.dtype} {image.shape}, not an image of {shape}", hint=rebuild)
     pixels: Pixels = image
     return pixels
-
-
-def difference(made: Pixels, expected: Pixels, metric: str) -> float:
-    """How far two images of equal shape, uint8, are apart, as a seal measures it: values in [0, 1] or decibels."""
-    error = np.abs(made.astype(np.float64) - expected) / 255
-    if metric == "psnr_db":
-        mean_square = float(np.mean(error**2))
-        return LARGEST_PSNR_DB if mean_square == 0 else min(LARGEST_PSNR_DB, -10 * math.log10(mean_square))
-    if metric == "max_relative":
-        return float(error.max()) / max(float(expected.max()) / 255, 1 / 255)
-    return float(error.max())
-
-
-def meets(parity: ParityRecord) -> bool:
-    """Whether a measured parity is within its bound; a NaN never is."""
-    if parity.metric == "psnr_db":
-        return parity.measured >= parity.bound
-    return parity.measured <= parity.bound
 
 
 def _draw(bundle: Bundle, golden: GoldenRecord, threads: int | None, progress: Progress) -> Pixels:

@@ -29,7 +29,7 @@ VAE_SCENES = 4_000
 UNET_SCENES = 20_000
 TEXT_LENGTH = 77
 EMPTY_CAPTION_RATE = 0.1
-LAYOUT_CAP = 8.0
+LAYOUT_START = 0.7  # of the timesteps: above, the picture's layout is still open
 READING_ITERATIONS = 800
 READING_WEIGHT = 0.05
 WARM_UP = 100  # iterations after a start or a resume: the optimiser's own state starts empty
@@ -230,13 +230,20 @@ def whiten(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 
 def loss_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """The weight of the squared error of epsilon at each timestep.
+    """The weight of the squared error of epsilon at each timestep: that of the v objective, less with little noise.
 
-    Little noise counts less (min-SNR). Much noise counts more: there epsilon is nearly the input and its error tiny,
-    but it is where the places of the objects are decided.
+    With much noise epsilon is nearly the input and its error tiny, but it is where the places of the objects are
+    decided: in terms of v (Salimans and Ho 2022, "Progressive Distillation", section 4) it counts as much as it should.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return (SNR_CAP / snr).clamp(max=1.0) * (1 + 1 / snr).sqrt().clamp(max=LAYOUT_CAP)
+    return (SNR_CAP / snr).clamp(max=1.0) * (1 + 1 / snr)
+
+
+def draw_timesteps(count: int) -> torch.Tensor:
+    """int64 [count]: half from all of them, half from the noisiest, each half stratified to vary less."""
+    even = (torch.arange(count) // 2 + torch.rand(count)) / ((count + 1) // 2)
+    fractions = torch.where(torch.arange(count) % 2 == 0, even, LAYOUT_START + (1 - LAYOUT_START) * even)
+    return (1000 * fractions).long().clamp(max=999)
 
 
 def teach_reading(both: torch.nn.ModuleDict, tokenizer: CLIPTokenizer) -> None:
@@ -291,8 +298,7 @@ def train_denoiser(
     for iteration in range(first, iterations):
         chosen = torch.randint(len(latents), (size,))
         rows = torch.where(torch.rand(size) < EMPTY_CAPTION_RATE, 0, chosen + 1)
-        # One timestep from each of `size` equal parts: the same distribution with less variance.
-        steps = ((torch.arange(size) + torch.rand(size)) * (1000 / size)).long().clamp(max=999)
+        steps = draw_timesteps(size)
         clean = latents[chosen]
         noise = torch.randn_like(clean)
         noisy = schedule.add_noise(clean, noise, steps).contiguous(memory_format=torch.channels_last)
@@ -304,17 +310,18 @@ def train_denoiser(
         misread, read = reading_loss(both["reader"](ends), readings[rows])
         optimiser.param_groups[0]["lr"] = rate_at(iteration, iterations, 1.2e-3) * min(1, (iteration - first) / WARM_UP)
         optimiser.zero_grad()
-        ((losses * weights[steps]).mean() + READING_WEIGHT * misread).backward()
+        loss = (losses * weights[steps]).mean()
+        (loss + READING_WEIGHT * misread).backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimiser.step()
         averaged.update(both)
-        running += max(0.02, 1 / (1 + iteration - first)) * (losses.mean().item() - running)
+        running += max(0.02, 1 / (1 + iteration - first)) * (loss.item() - running)
         if iteration % 50 == 49:
             seconds = round(time.monotonic() - began)
             log(
                 "denoiser", iteration=iteration + 1, seconds=seconds, loss=round(running, 5), read=round(read.item(), 3)
             )
-        if iteration % 500 == 499:
+        if iteration % 250 == 249:
             atomic_save(averaged.module.state_dict(), latest, iteration=iteration + 1)
     atomic_save(averaged.module.state_dict(), path)
     both.load_state_dict(averaged.module.state_dict())

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import sdrt
-from sdrt.benchmarks.measure import psnr
 from sdrt.models.shapes.scenes import held_out_captions
+from sdrt.parity import psnr_db
 from sdrt.runners.cpu import native_precision
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "shapes" / "checkpoint"
@@ -105,7 +105,7 @@ def test_bf16_stays_above_35_db_in_the_median(tmp_path, references, capsys):
     build_shapes(target, "--precision", "bf16")
     with sdrt.open(target) as pipeline:
         images = [np.asarray(pipeline.generate(asked).images[0]) for asked in REQUESTS]
-    qualities = [psnr(image, references[asked.scheduler]) for image, asked in zip(images, REQUESTS, strict=True)]
+    qualities = [psnr_db(image, references[asked.scheduler]) for image, asked in zip(images, REQUESTS, strict=True)]
     with capsys.disabled():
         print("\nbf16 against PyTorch float32, dB:", ", ".join(f"{quality:.1f}" for quality in qualities))
     assert np.median(qualities) >= 35
