@@ -30,6 +30,12 @@ def bench(
         typer.Option(min=1, metavar="N", help="Measured images of each. Default: the suite's.", show_default=False),
     ] = None,
     warmup: Annotated[int, typer.Option(min=0, help="Images before those, not measured.")] = 1,
+    cold_starts: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Fresh processes of each, timed to the first image.")
+    ] = 3,
+    resident: Annotated[
+        Literal["all", "1"], typer.Option(help="Contestants in memory at a time: 1 where all of them do not fit.")
+    ] = "all",
     steps: Annotated[
         int | None,
         typer.Option(
@@ -43,7 +49,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="A,B",
-            help="Of pytorch-fp32, pytorch-bf16, pytorch-compile, openvino-genai. Default: the suite's.",
+            help="Of pytorch-fp32, pytorch-bf16, pytorch-compile, openvino-genai. "
+            "Default: the first two; sd15 adds openvino-genai.",
             show_default=False,
         ),
     ] = None,
@@ -72,6 +79,8 @@ def bench(
         "--out": out,
         "--rounds": rounds,
         "--warmup": warmup,
+        "--cold-starts": cold_starts,
+        "--resident": resident,
         "--steps": steps,
         "--size": size,
         "--contestants": contestants,
