@@ -47,6 +47,7 @@ train-shapes: $(STAMP)  ## train the embedded model anew (about 100 minutes on 2
 	$(BIN)/python -m sdrt.models.shapes.train --work build/shapes --out models/shapes/checkpoint
 
 bench-sd15: $(STAMP)  ## SD1.5 architecture, random weights, 512x512, against PyTorch and OpenVINO GenAI
+	mkdir -p benchmarks/results
 	$(BIN)/python -m sdrt.benchmarks --suite sd15 --out benchmarks/results/sd15 --threads $(THREADS) --force
 
 clean:  ## remove what was built, but not .venv
