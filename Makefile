@@ -48,7 +48,7 @@ train-shapes: $(STAMP)  ## train the embedded model anew (about 100 minutes on 2
 
 bench-sd15: $(STAMP)  ## SD1.5 architecture, random weights, 512x512, against PyTorch and OpenVINO GenAI
 	mkdir -p benchmarks/results
-	$(BIN)/python -m sdrt.benchmarks --suite sd15 --out benchmarks/results/sd15 --threads $(THREADS) --force
+	$(BIN)/sdrt bench --suite sd15 --out benchmarks/results/sd15 --threads $(THREADS) --force
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache

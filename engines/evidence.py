@@ -121,7 +121,7 @@ def _evidence_key(subject: Subject, store: Store) -> str:
         stage="evidence",
         engines=[component.key for component in subject.components],
         model=msgspec.to_builtins(manifest.model),
-        profile=None if exported else msgspec.to_builtins(manifest.profile),
+        profile=msgspec.to_builtins(manifest.profile),  # it decides for which shapes a runner compiles
         tokenizer=[record.sha256 for record in manifest.tokenizer],
         reference=[folder.reference, None if exported else _onnxruntime_version()],
         request=msgspec.to_builtins(folder.golden),

@@ -454,7 +454,7 @@ def test_onnxruntime_that_falls_back_is_refused_on_opening(copied, monkeypatch):
 
 
 def openvino_property(runner, component, name):
-    return runner._requests[component].get_compiled_model().get_property(name)
+    return runner._requests[component, False].get_compiled_model().get_property(name)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -487,7 +487,8 @@ def test_float32_is_float32_also_where_the_backend_would_choose_less(runner):
 def test_bf16_is_for_all_but_the_text_encoder(copied):
     with open_runner(copied("openvino", precision="bf16"), threads=1) as runner:
         hints = {
-            name: openvino_property(runner, name, "INFERENCE_PRECISION_HINT").to_string() for name in runner._requests
+            name: openvino_property(runner, name, "INFERENCE_PRECISION_HINT").to_string()
+            for name, _ in runner._requests
         }
         assert hints == {"text_encoder": "f32", "step": "bf16", "vae_decoder": "bf16"}
         assert 1e-4 < step_error(runner) < 2e-2

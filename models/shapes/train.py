@@ -361,7 +361,7 @@ def main() -> None:
     arguments.add_argument("--work", type=Path, default=Path("build/shapes"))
     arguments.add_argument("--out", type=Path, default=Path("models/shapes/checkpoint"))
     arguments.add_argument("--vae-iterations", type=int, default=4_200)
-    arguments.add_argument("--denoiser-iterations", type=int, default=6_000)
+    arguments.add_argument("--denoiser-iterations", type=int, default=6_500)
     options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 

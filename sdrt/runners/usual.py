@@ -1,0 +1,37 @@
+"""The usual shapes: those of nearly every run of a bundle for one size and one image at a time."""
+
+from collections.abc import Mapping
+
+from sdrt.bundle import Bundle, ComponentRecord
+from sdrt.runners.base import VAE_DECODER
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def usual_shapes(bundle: Bundle, component: ComponentRecord) -> Shapes | None:
+    """The exact shape of every input in a usual run: one image, guided, at the bundle's only size.
+
+    None for a bundle of several sizes or of batches, where no shape is usual, for a VAE that decodes its size in
+    tiles, and for inputs whose dimensions are not those of `docs/architecture.md`.
+    """
+    profile, model = bundle.manifest.profile, bundle.manifest.model
+    if len(profile.sizes) != 1 or profile.max_batch != 1:
+        return None
+    height, width = profile.sizes[0]
+    if component.name == VAE_DECODER and max(height, width) > max(model.default_height, model.default_width):
+        return None
+    known = {
+        "batch": 1,
+        "requests": 1,
+        "lanes": 2,
+        "height": height // model.vae_downsample,
+        "width": width // model.vae_downsample,
+        "length": profile.text_length,
+        "sequence": profile.text_length,
+    }
+    if any(isinstance(size, str) and size not in known for spec in component.inputs for size in spec.shape):
+        return None
+    return {
+        spec.name: tuple(known[size] if isinstance(size, str) else size for size in spec.shape)
+        for spec in component.inputs
+    }

@@ -1,0 +1,92 @@
+"""Engines for the usual shapes: which bundles have them, and that they compute what the dynamic ones compute."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sdrt.bundle import Bundle
+from sdrt.runners import open_runner
+from sdrt.runners.usual import usual_shapes
+
+
+@pytest.fixture(scope="module")
+def narrowed(tiny_bundle):
+    """The tiny bundle as one for a single size and one image at a time."""
+
+    def narrow(**changes):
+        whole = Bundle.open(tiny_bundle)
+        profile = replace(whole.manifest.profile, sizes=((64, 128),), minimum=(64, 128), maximum=(64, 128), max_batch=1)
+        return Bundle(path=whole.path, manifest=replace(whole.manifest, profile=replace(profile, **changes)))
+
+    return narrow
+
+
+def shapes_of(bundle, name):
+    return usual_shapes(bundle, bundle.component(name))
+
+
+def step_feeds(bundle, requests, lanes):
+    rng = np.random.default_rng(0)
+    model, slots = bundle.manifest.model, bundle.manifest.state_slots
+    factor = model.vae_downsample
+    latents = (requests, model.latent_channels, 64 // factor, 128 // factor)
+    owner = np.arange(lanes) % requests
+    embeds_dim = next(spec for spec in bundle.component("step").inputs if spec.name == "prompt_embeds").shape[2]
+    return {
+        "state": rng.standard_normal((requests, slots, *latents[1:]), np.float32),
+        "input_scale": np.ones(requests, np.float32),
+        "lane_request": owner,
+        "timestep": np.full(lanes, 501.5, np.float32),
+        "prompt_embeds": rng.standard_normal((lanes, model.text_length, embeds_dim), np.float32),
+        "guidance": (owner == np.arange(requests)[:, None]).astype(np.float32),
+        "transition": rng.standard_normal((requests, slots, slots + 2), np.float32),
+        "noise": rng.standard_normal(latents, np.float32),
+    }
+
+
+def test_one_size_and_one_image_at_a_time_have_usual_shapes(narrowed):
+    bundle = narrowed()
+    feeds = step_feeds(bundle, requests=1, lanes=2)
+    assert shapes_of(bundle, "step") == {name: array.shape for name, array in feeds.items()}
+    assert shapes_of(bundle, "text_encoder") == {"input_ids": (1, bundle.manifest.model.text_length)}
+    factor = bundle.manifest.model.vae_downsample
+    channels = bundle.manifest.model.latent_channels
+    assert shapes_of(bundle, "vae_decoder") in (None, {"latent_sample": (1, channels, 64 // factor, 128 // factor)})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_batch": 2}, {"sizes": ()}, {"sizes": ((64, 64), (64, 128))}], ids=["batch", "range", "two sizes"]
+)
+def test_no_shape_is_usual_in_a_bundle_for_several(narrowed, changes):
+    bundle = narrowed(**changes)
+    assert all(usual_shapes(bundle, component) is None for component in bundle.manifest.components)
+
+
+def test_a_size_that_is_decoded_in_tiles_has_no_usual_shape_for_the_vae(narrowed):
+    bundle = narrowed()
+    small = replace(bundle.manifest.model, default_height=64, default_width=64)
+    large = replace(bundle.manifest.model, default_height=128, default_width=128)
+    for model, expected in ((small, False), (large, True)):
+        subject = Bundle(path=bundle.path, manifest=replace(bundle.manifest, model=model))
+        assert (shapes_of(subject, "vae_decoder") is not None) is expected
+
+
+@pytest.mark.parametrize(("requests", "lanes"), [(1, 2), (1, 1), (2, 4)], ids=["usual", "unguided", "two"])
+def test_every_shape_computes_what_a_dynamic_engine_computes(narrowed, tiny_bundle, requests, lanes):
+    feeds = step_feeds(narrowed(), requests, lanes)
+    with open_runner(Bundle.open(tiny_bundle), threads=1) as runner:
+        expected = runner.run("step", feeds)["next_state"]
+    with open_runner(narrowed(), threads=1) as runner:
+        made = [runner.run("step", feeds)["next_state"] for _ in range(2)]
+    np.testing.assert_allclose(made[0], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(made[0], made[1])
+
+
+def test_an_unusual_run_between_does_not_change_a_usual_one(narrowed):
+    bundle = narrowed()
+    usual, unusual = step_feeds(bundle, requests=1, lanes=2), step_feeds(bundle, requests=1, lanes=1)
+    with open_runner(bundle, threads=1) as runner:
+        before = runner.run("step", usual)["next_state"]
+        runner.run("step", unusual)
+        np.testing.assert_array_equal(runner.run("step", usual)["next_state"], before)
