@@ -8,7 +8,7 @@ TREE := build/tree
 THREADS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format train-shapes score-shapes bench-shapes bench-sd15 clean
+.PHONY: help setup demo test check format train-shapes score-shapes bench-sd15 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -45,6 +45,11 @@ format: $(STAMP)  ## let ruff put the code in shape
 
 train-shapes: $(STAMP)  ## train the embedded model anew (about 100 minutes on 2 cores)
 	$(BIN)/python -m sdrt.models.shapes.train --work build/shapes --out models/shapes/checkpoint
+
+score-shapes: $(STAMP)  ## does the embedded model draw what its captions say? 500 captions, here and in PyTorch
+	mkdir -p benchmarks/results build
+	$(BIN)/sdrt build shapes --out build/score.sdrt --threads $(THREADS) --force
+	$(BIN)/python -m sdrt.benchmarks.score build/score.sdrt --baseline models/shapes/checkpoint --captions 500 --threads $(THREADS) --out benchmarks/results/shapes-score.json
 
 bench-sd15: $(STAMP)  ## SD1.5 architecture, random weights, 512x512, against PyTorch and OpenVINO GenAI
 	mkdir -p benchmarks/results
