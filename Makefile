@@ -23,6 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)  ## build the embedded model, draw with it, compare with PyTorch: pictures and report in demo/
+	mkdir -p demo
 	$(BIN)/sdrt build shapes --out demo/shapes.sdrt --precision fp32 --threads $(THREADS) --force
 	$(BIN)/sdrt demo --bundle demo/shapes.sdrt --out demo --force
 	$(BIN)/sdrt bench demo/shapes.sdrt --baseline shapes --suite shapes --out demo/report --threads $(THREADS) --force
