@@ -97,8 +97,8 @@ def build_shapes(target, *flags):
     assert done.returncode == 0, done.stderr
 
 
-def test_bf16_stays_above_35_db_in_the_median(tmp_path, references, capsys):
-    """Not on every image: where a picture hangs in the balance, rounding can tip it, and it shows something else."""
+def test_bf16_stays_above_35_db(tmp_path, references, capsys):
+    """For these requests. Where a picture hangs in the balance, rounding can tip it, and it shows something else."""
     if native_precision() != "bf16":
         pytest.skip("this CPU has no bfloat16 instructions, so no bf16 bundle can be built on it")
     target = tmp_path / "bf16.sdrt"
@@ -108,7 +108,7 @@ def test_bf16_stays_above_35_db_in_the_median(tmp_path, references, capsys):
     qualities = [psnr_db(image, references[asked.scheduler]) for image, asked in zip(images, REQUESTS, strict=True)]
     with capsys.disabled():
         print("\nbf16 against PyTorch float32, dB:", ", ".join(f"{quality:.1f}" for quality in qualities))
-    assert np.median(qualities) >= 35
+    assert min(qualities) >= 35
 
 
 def test_the_onnxruntime_backend_draws_the_same(tmp_path, references):
