@@ -7,6 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from sdrt.bundle import BackendName, JsonValue, Precision
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.step_graph import PREFIX, TIMESTEP
@@ -20,6 +23,8 @@ MODEL_NAME = "model.xml"
 WEIGHTS_NAME = "model.bin"
 # The CPU plugin keeps a node that carries this in float32, also when the inference precision is bf16.
 _KEEP_FLOAT32 = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}
+_COMPRESSED = "_compressed"  # what OpenVINO appends to the name of a constant that it stores in float16
+_ALIGNMENT = 64  # bytes
 _NOT_COMPUTED = ("Parameter", "Const", "Result")
 _PERIODIC = ("Sin", "Cos")
 
@@ -66,15 +71,18 @@ class OpenVinoBuilder:
                 f"OpenVINO cannot build {source.name}: {_first_line(error)}",
                 hint="try --backend onnxruntime, or export the checkpoint again",
             ) from error
+        # bf16 keeps 8 of float16's 11 bits; the text encoder is computed in float32.
+        compress = precision == "bf16" and source.name != TEXT_ENCODER
+        exact = _float32_constants(model, kept) if compress else {}
         try:
-            openvino.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
+            openvino.save_model(model, folder / MODEL_NAME, compress_to_fp16=compress)
         except RuntimeError as error:  # a stream that failed; it does not say why
             raise OutputError(
                 f"OpenVINO cannot write {source.name} to {folder}: {_first_line(error)}",
                 hint="free some space on its disk, or name an output on another one",
             ) from error
         if kept:
-            _keep_float32(folder / MODEL_NAME, kept)
+            _keep_float32(folder / MODEL_NAME, kept, exact)
         return (MODEL_NAME, WEIGHTS_NAME)
 
 
@@ -160,6 +168,19 @@ def _timestep_nodes(model: "ov.Model") -> set[str]:
     return wanted
 
 
+def _float32_constants(model: "ov.Model", kept: set[str]) -> dict[str, npt.NDArray[np.float32]]:
+    """The float32 constants that the kept nodes read, by name: halves would undo what they are kept for."""
+    constants = {}
+    for node in model.get_ordered_ops():
+        if node.get_friendly_name() not in kept:
+            continue
+        for value in node.input_values():
+            source = value.get_node()
+            if source.get_type_name() == "Constant" and source.get_element_type().get_type_name() == "f32":
+                constants[source.get_friendly_name()] = np.array(source.data, np.float32)
+    return constants
+
+
 def _unsqueeze_by_reshape(node: "ov.Node") -> None:
     """Replace [M] → [M, 1] by an equal Reshape: the CPU plugin does the same later, but loses the node's attributes."""
     from openvino import opset13
@@ -173,11 +194,15 @@ def _unsqueeze_by_reshape(node: "ov.Node") -> None:
     node.output(0).replace(reshape.output(0))
 
 
-def _keep_float32(path: Path, names: set[str]) -> None:
-    """Mark nodes of a saved IR to be computed in float32."""
+def _keep_float32(path: Path, names: set[str], exact: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Mark nodes of a saved IR to be computed in float32, and store their constants (`exact`) whole again."""
     tree = ElementTree.parse(path)
+    compressed = {f"{name}{_COMPRESSED}": value for name, value in exact.items()}
     for layer in tree.iterfind("./layers/layer"):
-        if layer.get("name") not in names or layer.get("type") in _NOT_COMPUTED:
+        name = layer.get("name", "")
+        if layer.get("type") == "Const" and name in compressed:
+            _store_whole(layer, compressed[name], path.with_name(WEIGHTS_NAME))
+        if name not in names or layer.get("type") in _NOT_COMPUTED:
             continue
         info = layer.find("rt_info")
         if info is None:
@@ -185,6 +210,18 @@ def _keep_float32(path: Path, names: set[str]) -> None:
             layer.insert(1 if layer.find("data") is not None else 0, info)
         ElementTree.SubElement(info, "attribute", _KEEP_FLOAT32)
     tree.write(path, encoding="utf-8", xml_declaration=True)
+
+
+def _store_whole(layer: ElementTree.Element, value: npt.NDArray[np.float32], weights: Path) -> None:
+    """Append a constant to the weights in float32 and point its layer there; the conversion after it does nothing."""
+    data, port = layer.find("data"), layer.find("output/port")
+    if data is None or port is None:
+        raise BuildError(f"OpenVINO wrote {layer.get('name')} without its data", hint="report this with the model")
+    with weights.open("ab") as file:
+        file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+        data.attrib |= {"element_type": "f32", "offset": str(file.tell()), "size": str(value.nbytes)}
+        file.write(value.tobytes())
+    port.set("precision", "FP32")
 
 
 def _openvino() -> ModuleType:

@@ -63,7 +63,14 @@ def open_step(name, folder, engine):
     import openvino
 
     precision = name.split()[1]
-    source = ComponentSource(
+    files = OpenVinoBuilder().build(step_source(path), precision, engine)
+    hint = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision], "INFERENCE_NUM_THREADS": 1}
+    compiled = openvino.Core().compile_model(engine / files[0], "CPU", hint)
+    return lambda feeds: compiled(feeds)["next_state"].copy()
+
+
+def step_source(path):
+    return ComponentSource(
         name="step",
         onnx_path=path,
         profile=parse_profile("64..256", "1..4", default=(64, 64), multiple_of=16, text_length=77),
@@ -73,10 +80,6 @@ def open_step(name, folder, engine):
         prompt_embeds_dim=32,
         vae_downsample=8,
     )
-    files = OpenVinoBuilder().build(source, precision, engine)
-    hint = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision], "INFERENCE_NUM_THREADS": 1}
-    compiled = openvino.Core().compile_model(engine / files[0], "CPU", hint)
-    return lambda feeds: compiled(feeds)["next_state"].copy()
 
 
 def random_feeds(requests, owners, *, height=8, width=8, length=77, seed=0):
@@ -351,3 +354,32 @@ def test_the_engines_stage_never_imports_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_bf16_engines_are_stored_in_half_but_for_what_is_computed_in_float32(unet_path, tmp_path):
+    import openvino
+
+    from sdrt.engines.openvino import _float32_constants, _float32_nodes
+
+    folder = tmp_path / "step"
+    folder.mkdir()
+    place_step(unet_path, folder)
+    stored = {}
+    for precision in ("fp32", "bf16"):
+        engine = tmp_path / precision
+        engine.mkdir()
+        OpenVinoBuilder().build(step_source(folder / "model.onnx"), precision, engine)
+        stored[precision] = openvino.Core().read_model(engine / "model.xml")
+    sizes = {name: (tmp_path / name / "model.bin").stat().st_size for name in stored}
+    assert sizes["bf16"] < 0.6 * sizes["fp32"]
+    exact = _float32_constants(stored["fp32"], _float32_nodes(stored["fp32"], "step"))
+    assert any(value.size > 1 for value in exact.values())  # the frequencies of the timestep's sinusoids
+    for name, value in exact.items():
+        kept = [
+            node
+            for node in stored["bf16"].get_ordered_ops()
+            if node.get_type_name() == "Constant" and node.get_friendly_name() in (name, f"{name}_compressed")
+        ]
+        assert kept
+        for node in kept:
+            np.testing.assert_array_equal(np.array(node.data, np.float32), value, err_msg=name)
