@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
@@ -38,6 +40,19 @@ def external_files(model: onnx.ModelProto, path: Path) -> tuple[Path, ...]:
         end = _count(entries.get("offset", "0"), tensor.name) + _count(entries.get("length", "0"), tensor.name)
         ends[location] = max(end, ends.get(location, 0))
     return tuple(_checked_file(location, path, end) for location, end in sorted(ends.items()))
+
+
+def weight_array(tensor: onnx.TensorProto, path: Path) -> npt.NDArray[np.generic]:
+    """The value of a weight of the model at `path`; one in a file of its own is mapped, not read."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return onnx.numpy_helper.to_array(tensor)
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    file = _checked_file(entries.get("location", ""), path, 0)
+    dtype, offset = (
+        onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type),
+        _count(entries.get("offset", "0"), tensor.name),
+    )
+    return np.memmap(file, dtype, mode="r", offset=offset, shape=tuple(tensor.dims))
 
 
 def place_file(source: Path, target: Path) -> None:

@@ -13,10 +13,11 @@ from sdrt.engines.base import ComponentSource
 from sdrt.engines.components import build_component
 from sdrt.engines.onnx_files import lend_file
 from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder
+from sdrt.engines.onnx_session import run_onnx
 from sdrt.engines.onnxruntime import OnnxRuntimeBuilder
 from sdrt.engines.seal import GoldenResult, make_image, read_golden, read_golden_image
 from sdrt.engines.step_graph import PROMPT_EMBEDS, SAMPLE, TIMESTEP
-from sdrt.errors import BackendError, BuildError
+from sdrt.errors import BuildError
 from sdrt.exported import GoldenRequest
 from sdrt.runners import open_runner
 from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array
@@ -130,27 +131,6 @@ def _vocabulary(folder: OnnxFolder) -> int:
 
 
 def _evaluate(path: Path, inputs: Mapping[str, Array], threads: int | None) -> dict[str, npt.NDArray[np.float32]]:
-    """Run an ONNX file as it is; feeds are cast to the types that it declares."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError(
-            "a folder without golden results is checked with ONNX Runtime, which is not installed",
-            hint="install it with: pip install 'sdrt[onnxruntime]'",
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 0 if threads is None else threads
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        feeds = {node.name: inputs[node.name].astype(_numpy_type(node.type)) for node in session.get_inputs()}
-        outputs = session.run(None, feeds)
-    except Exception as error:  # ONNX Runtime raises one class per status code, with no common base
-        raise BuildError(f"ONNX Runtime cannot run {path}: {error}", hint="export the checkpoint again") from error
-    names = [node.name for node in session.get_outputs()]
-    return {name: np.asarray(output, np.float32) for name, output in zip(names, outputs, strict=True)}
-
-
-def _numpy_type(declared: str) -> np.dtype[np.generic]:
-    """The dtype of "tensor(float)" and its like."""
-    name = declared.removeprefix("tensor(").removesuffix(")")
-    return np.dtype({"float": "float32", "double": "float64"}.get(name, name))
+    """Run an ONNX file as it is."""
+    (outputs,) = run_onnx(path, [inputs], threads=threads)
+    return {name: np.asarray(output, np.float32) for name, output in outputs.items()}
