@@ -16,6 +16,7 @@ class ComponentSource:
 
     onnx_path: the graph; its external data lies in the same folder. profile: which sizes and batches it must accept.
     max_lanes: most network evaluations of one step. vae_downsample: pixels per latent on one side.
+    composed: the graph is what the engine is built of; else the step graph is still to be composed around the network.
     """
 
     name: str
@@ -26,6 +27,7 @@ class ComponentSource:
     latent_channels: int
     prompt_embeds_dim: int
     vae_downsample: int
+    composed: bool = False
 
 
 class EngineBuilder(Protocol):

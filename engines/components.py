@@ -71,7 +71,7 @@ def _component_key(
         precision=precision,
         features=list(builder.features(precision)),
         builders_version=_BUILDERS_VERSION,
-        composer_version=COMPOSER_VERSION if source.name == STEP else 0,
+        composer_version=0 if source.composed or source.name != STEP else COMPOSER_VERSION,
         onnx_version=onnx.__version__,
         component=source.name,
         settings=builder.settings(source),
@@ -85,13 +85,10 @@ def build_component(
     """Build the component's engine in the staged bundle; its parity is still to be measured."""
     folder = staged / ENGINES_FOLDER / source.name
     folder.mkdir(parents=True, exist_ok=True)
-    model = load_graph(source.onnx_path)
     with tempfile.TemporaryDirectory(dir=staged, prefix=".work.") as work:
-        if source.name == STEP:
-            weights = external_files(model, source.onnx_path)
-            model = compose_step_graph(model, source.state_slots)
-            source = replace(source, onnx_path=_place_composed(model, source.onnx_path, weights, Path(work)))
+        source = replace(source, onnx_path=place_composed(source, Path(work)), composed=True)
         names = builder.build(source, precision, folder)
+        model = load_graph(source.onnx_path)
     files = tuple(record_file(staged, folder / name) for name in names)
     weight_names = {initializer.name for initializer in model.graph.initializer}
     inputs = tuple(_spec(value) for value in model.graph.input if value.name not in weight_names)
@@ -104,14 +101,20 @@ def _record(
     return ComponentRecord(name=name, files=files, inputs=inputs, outputs=outputs, parity=_UNMEASURED)
 
 
-def _place_composed(model: onnx.ModelProto, unet_path: Path, weights: Sequence[Path], work: Path) -> Path:
-    """Save the composed graph beside the UNet's weights, which are lent, not copied."""
-    for file in weights:
-        target = work / file.relative_to(unet_path.parent)
+def place_composed(source: ComponentSource, work: Path) -> Path:
+    """The graph that the component's engine is built of: the step graph is composed in `work`, all others are ready.
+
+    The composed graph is saved beside the weights, which are lent, not copied. BuildError: it cannot be composed.
+    """
+    if source.composed or source.name != STEP:
+        return source.onnx_path
+    model = load_graph(source.onnx_path)
+    for file in external_files(model, source.onnx_path):
+        target = work / file.relative_to(source.onnx_path.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         lend_file(file, target)
-    path = work / unet_path.name
-    onnx.save(model, path)
+    path = work / source.onnx_path.name
+    onnx.save(compose_step_graph(model, source.state_slots), path)
     return path
 
 

@@ -101,14 +101,19 @@ def check_image(
 
 
 def _evaluate_network(runner: Runner, inputs: Mapping[str, Array], slots: int) -> FloatArray:
-    """The network's own output, through the step graph: each request's transition takes it over into its first slot."""
+    """The network's own output, through the step graph."""
+    return runner.run(STEP, step_feeds(inputs, slots))["next_state"][:, 0]
+
+
+def step_feeds(inputs: Mapping[str, Array], slots: int) -> dict[str, Array]:
+    """The step graph's inputs that leave the network's own output for `inputs` in each request's first slot."""
     sample = np.asarray(inputs[SAMPLE], np.float32)
     count = len(sample)
     state = np.zeros((count, slots, *sample.shape[1:]), np.float32)
     state[:, 0] = sample
     transition = np.zeros((count, slots, slots + 2), np.float32)
     transition[:, 0, slots] = 1
-    feeds: dict[str, Array] = {
+    return {
         "state": state,
         "input_scale": np.ones(count, np.float32),
         "lane_request": np.arange(count),
@@ -118,7 +123,6 @@ def _evaluate_network(runner: Runner, inputs: Mapping[str, Array], slots: int) -
         "transition": transition,
         "noise": np.zeros_like(sample),
     }
-    return runner.run(STEP, feeds)["next_state"][:, 0]
 
 
 def make_image(bundle: Bundle, runner: Runner, request: GoldenRequest) -> npt.NDArray[np.uint8]:

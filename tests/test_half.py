@@ -77,7 +77,7 @@ class TestGraph:
     def test_keeps_borders_and_the_names_of_weights(self, tiny_export, tmp_path, component):
         source = tiny_export / component / "model.onnx"
         graph = read_float_graph(load_graph(source))
-        write_half(graph, kept_by_rule(graph, upcast_attention=False, whole=False), source, tmp_path / "model.onnx")
+        write_half(graph, kept_by_rule(graph, upcast_attention=False), source, tmp_path / "model.onnx")
         onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
         before, after = load_graph(source).graph, load_graph(tmp_path / "model.onnx").graph
         assert list(after.input) == list(before.input)
@@ -144,7 +144,7 @@ class TestGraph:
 class TestRules:
     def test_the_timestep_is_float32_up_to_its_sinusoids(self, tiny_export):
         graph = read_float_graph(load_graph(tiny_export / "unet" / "model.onnx"))
-        kept = kept_by_rule(graph, upcast_attention=False, whole=False)
+        kept = kept_by_rule(graph, upcast_attention=False)
         operators = sorted(
             graph_node.op_type for graph_node in graph.model.graph.node if kept.get(graph_node.name) == "timestep"
         )
@@ -152,7 +152,7 @@ class TestRules:
 
     def test_upcast_attention_keeps_the_scores_and_their_softmax(self, tiny_export):
         graph = read_float_graph(load_graph(tiny_export / "unet" / "model.onnx"))
-        kept = kept_by_rule(graph, upcast_attention=True, whole=False)
+        kept = kept_by_rule(graph, upcast_attention=True)
         nodes = {node.name: node for node in graph.model.graph.node}
         softmaxes = [node for node in nodes.values() if node.op_type == "Softmax"]
         assert softmaxes
@@ -160,12 +160,12 @@ class TestRules:
             product = graph.producers[softmax.input[0]]
             assert kept[softmax.name] == kept[product.name] == "upcast_attention"
             assert product.op_type == "MatMul"
-        assert not set(kept_by_rule(graph, upcast_attention=False, whole=False).values()) & {"upcast_attention"}
+        assert not set(kept_by_rule(graph, upcast_attention=False).values()) & {"upcast_attention"}
 
     def test_statistics_of_normalisations_are_float32(self, tiny_export):
         for component in COMPONENTS:
             graph = read_float_graph(load_graph(tiny_export / component / "model.onnx"))
-            kept = kept_by_rule(graph, upcast_attention=False, whole=False)
+            kept = kept_by_rule(graph, upcast_attention=False)
             norms = {node.name for node in graph.model.graph.node if node.op_type.endswith("Normalization")}
             assert norms
             assert norms <= set(kept)
@@ -249,9 +249,23 @@ def stress_feeds(tiny_export):
     return dict(read_golden(tiny_export / "golden" / "unet.npz").inputs)
 
 
+@pytest.mark.parametrize("force_upcast", [False, True])
+def test_force_upcast_keeps_a_model_that_overflows_whole(stressed, stress_feeds, tmp_path, force_upcast):
+    convert_to_half(stressed, tmp_path / "model.onnx", [stress_feeds], force_upcast=force_upcast)
+    types = {weight.data_type for weight in load_graph(tmp_path / "model.onnx").graph.initializer}
+    assert (TensorProto.FLOAT16 in types) is not force_upcast
+
+
+def test_force_upcast_alone_changes_nothing(tiny_export, stress_feeds, tmp_path):
+    """diffusers writes it into every VAE's config."""
+    convert_to_half(tiny_export / "unet" / "model.onnx", tmp_path / "model.onnx", [stress_feeds], force_upcast=True)
+    types = {weight.data_type for weight in load_graph(tmp_path / "model.onnx").graph.initializer}
+    assert TensorProto.FLOAT16 in types
+
+
 def test_plain_halves_fail_under_stress(stressed, stress_feeds, tmp_path):
     graph = read_float_graph(load_graph(stressed))
-    emulated = plain_half(stressed, tmp_path, kept_by_rule(graph, upcast_attention=False, whole=False))
+    emulated = plain_half(stressed, tmp_path, kept_by_rule(graph, upcast_attention=False))
     assert not np.isfinite(evaluate(emulated, **stress_feeds)).all()
 
 

@@ -31,16 +31,19 @@ def convert_to_half(
     feeds: Sequence[Mapping[str, Array]],
     *,
     upcast_attention: bool = False,
-    whole: bool = False,
+    force_upcast: bool = False,
     threads: int | None = None,
 ) -> HalfReport:
     """Write the mixed graph of the model at `source` to `target`, in another folder, with its weights beside it.
 
-    feeds: inputs to calibrate with. upcast_attention, whole: see `kept_by_rule`.
+    feeds: inputs to calibrate with. upcast_attention: see `kept_by_rule`. force_upcast: keep the whole model in float32
+    if one node has to; diffusers writes this into the config of every VAE, also of those that halves do no harm.
     BuildError: the model cannot be converted, or is not finite in float32 already.
     """
     graph = read_float_graph(load_graph(source))
-    by_rule = kept_by_rule(graph, upcast_attention=upcast_attention, whole=whole)
-    findings = () if whole else tuple(calibrate(graph, by_rule, source, feeds, target.parent, threads=threads))
+    by_rule = kept_by_rule(graph, upcast_attention=upcast_attention)
+    findings = tuple(calibrate(graph, by_rule, source, feeds, target.parent, threads=threads))
+    if force_upcast and findings:
+        by_rule = {node.name: "force_upcast" for node in graph.model.graph.node} | by_rule
     write_half(graph, {*by_rule, *(finding.node for finding in findings)}, source, target)
     return HalfReport(nodes=len(graph.model.graph.node), by_rule=by_rule, findings=findings)

@@ -12,18 +12,15 @@ _STATISTICS = ("InstanceNormalization", "GroupNormalization", "LayerNormalizatio
 _ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Where", "Max", "Min", "Reshape", "Transpose", "Cast")
 
 
-def kept_by_rule(graph: FloatGraph, *, upcast_attention: bool, whole: bool) -> dict[str, str]:
+def kept_by_rule(graph: FloatGraph, *, upcast_attention: bool) -> dict[str, str]:
     """The names of the nodes to keep in float32, each with the reason.
 
     - the step graph's own nodes: latents and the sampler's coefficients are float32;
     - the timestep up to its sinusoids: their phases reach hundreds of radians, where halves are 0.25 apart;
     - statistics of normalisations: sums of thousands of squares;
-    - with `upcast_attention`, as checkpoints of Stable Diffusion 2.1 ask for: the attention scores and their softmax;
-    - with `whole`, as VAEs with `force_upcast` ask for: everything.
+    - with `upcast_attention`, as checkpoints of Stable Diffusion 2.1 ask for: the attention scores and their softmax.
     """
     nodes = graph.model.graph.node
-    if whole:
-        return {node.name: "force_upcast" for node in nodes}
     kept = {node.name: "statistics" for node in nodes if node.op_type in _STATISTICS}
     if upcast_attention:
         softmaxes = [node for node in nodes if node.op_type == "Softmax"]
