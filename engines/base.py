@@ -16,6 +16,7 @@ class ComponentSource:
 
     onnx_path: the graph; its external data lies in the same folder. profile: which sizes and batches it must accept.
     max_lanes: most network evaluations of one step. vae_downsample: pixels per latent on one side.
+    default_height, default_width: the model's own size, in pixels.
     composed: the graph is what the engine is built of; else the step graph is still to be composed around the network.
     """
 
@@ -27,6 +28,8 @@ class ComponentSource:
     latent_channels: int
     prompt_embeds_dim: int
     vae_downsample: int
+    default_height: int
+    default_width: int
     composed: bool = False
 
 
@@ -46,6 +49,11 @@ class EngineBuilder(Protocol):
     @property
     def device(self) -> str:
         """The kind of device the engines run on: "cpu", or for a GPU its architecture."""
+        ...
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine has the device that the engines run on; if not, they are built ahead of time."""
         ...
 
     @property

@@ -1,7 +1,9 @@
 """Building a bundle: engines made or fetched, sealed with parity, and moved into place as a whole."""
 
+import contextlib
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +24,11 @@ from sdrt.cache import Store
 from sdrt.engines.base import ComponentSource, EngineBuilder
 from sdrt.engines.components import BuiltComponent, make_component
 from sdrt.engines.evidence import Evidence, Subject, gather_evidence, golden_record
+from sdrt.engines.halves import MixedGraph, make_mixed_graph
 from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder, read_onnx_folder
 from sdrt.engines.precision import choose_builder, choose_precision
 from sdrt.engines.profile import parse_profile
+from sdrt.engines.reference import golden_inputs
 from sdrt.errors import Cancelled
 from sdrt.files import check_replaceable, check_writable, staged_directory
 from sdrt.plan.rows import MAX_STATE_SLOTS
@@ -76,14 +80,50 @@ def _build(onnx_folder: Path, out: Path, options: BuildOptions, progress: Progre
     check_writable(out)
     sources = [_source(name, folder, profile) for name in FOLDER_OF]
     store = Store()
-    with staged_directory(out, overwrite=options.overwrite) as staged:
-        components = _make_components(builder, sources, precision, staged, store, progress)
+    with staged_directory(out, overwrite=options.overwrite) as staged, _work_folder(staged) as work:
+        mixed = (
+            _make_mixed_graphs(folder, sources, profile, work, store, options, progress) if precision == "fp16" else []
+        )
+        ready = [graph.source for graph in mixed] or sources
+        components = _make_components(builder, ready, precision, staged, store, progress)
         manifest = _unsealed(folder, builder, precision, profile, components, _copy_tokenizer(folder, staged))
-        subject = Subject(folder=folder, sources=sources, components=components, staged=staged, manifest=manifest)
+        subject = Subject(
+            folder=folder,
+            sources=sources,
+            components=components,
+            staged=staged,
+            manifest=manifest,
+            emulated=() if builder.runs_here else tuple(graph.emulated for graph in mixed),
+        )
         evidence = gather_evidence(subject, store, options.threads, progress)
         manifest = _sealed(manifest, evidence, staged)
         write_manifest(staged, manifest)
     return manifest
+
+
+@contextlib.contextmanager
+def _work_folder(staged: Path) -> Iterator[Path]:
+    """Room in the staged bundle for what is needed only while it is built."""
+    with tempfile.TemporaryDirectory(dir=staged, prefix=".graphs.") as work:
+        yield Path(work)
+
+
+def _make_mixed_graphs(
+    folder: OnnxFolder,
+    sources: Sequence[ComponentSource],
+    profile: ShapeProfile,
+    work: Path,
+    store: Store,
+    options: BuildOptions,
+    progress: Progress,
+) -> list[MixedGraph]:
+    graphs = []
+    inputs = golden_inputs(folder, profile)
+    for done, source in enumerate(sources):
+        progress("float16 graphs", done, len(sources))
+        graphs.append(make_mixed_graph(source, folder, inputs[source.name], work, store, threads=options.threads))
+    progress("float16 graphs", len(sources), len(sources))
+    return graphs
 
 
 def _source(name: str, folder: OnnxFolder, profile: ShapeProfile) -> ComponentSource:
@@ -96,6 +136,8 @@ def _source(name: str, folder: OnnxFolder, profile: ShapeProfile) -> ComponentSo
         latent_channels=folder.model.latent_channels,
         prompt_embeds_dim=folder.model.prompt_embeds_dim,
         vae_downsample=folder.model.vae_downsample,
+        default_height=folder.model.default_height,
+        default_width=folder.model.default_width,
     )
 
 
@@ -160,6 +202,7 @@ def _unsealed(
         components=tuple(component.record for component in components),
         tokenizer=tokenizer,
         golden=nothing,
+        device_verified=builder.runs_here,
     )
 
 

@@ -90,15 +90,19 @@ def build_component(
         names = builder.build(source, precision, folder)
         model = load_graph(source.onnx_path)
     files = tuple(record_file(staged, folder / name) for name in names)
-    weight_names = {initializer.name for initializer in model.graph.initializer}
-    inputs = tuple(_spec(value) for value in model.graph.input if value.name not in weight_names)
-    return _record(source.name, files, inputs, tuple(_spec(value) for value in model.graph.output))
+    return _record(source.name, files, input_specs(model), tuple(_spec(value) for value in model.graph.output))
 
 
 def _record(
     name: str, files: tuple[FileRecord, ...], inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
 ) -> ComponentRecord:
     return ComponentRecord(name=name, files=files, inputs=inputs, outputs=outputs, parity=_UNMEASURED)
+
+
+def input_specs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
+    """What the graph is fed, its weights aside."""
+    weights = {initializer.name for initializer in model.graph.initializer}
+    return tuple(_spec(value) for value in model.graph.input if value.name not in weights)
 
 
 def place_composed(source: ComponentSource, work: Path) -> Path:

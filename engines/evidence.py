@@ -17,7 +17,7 @@ from sdrt.cache import Store, cache_key
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.components import BuiltComponent
 from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder
-from sdrt.engines.reference import Reference, find_reference, image_is_exported
+from sdrt.engines.reference import Reference, find_reference, image_is_exported, runtime_bundle
 from sdrt.engines.seal import check_component, check_image
 from sdrt.exported import GoldenRequest
 from sdrt.progress import Progress
@@ -40,13 +40,17 @@ class Evidence(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """The staged bundle to be measured. `manifest` states no parity yet."""
+    """The staged bundle to be measured. `manifest` states no parity yet.
+
+    emulated: for engines whose device is absent, the graphs that are measured in their place.
+    """
 
     folder: OnnxFolder
     sources: Sequence[ComponentSource]
     components: Sequence[BuiltComponent]
     staged: Path
     manifest: Manifest
+    emulated: tuple[ComponentSource, ...] = ()
 
 
 def gather_evidence(subject: Subject, store: Store, threads: int | None, progress: Progress) -> Evidence:
@@ -88,7 +92,17 @@ def _measure(subject: Subject, threads: int | None, progress: Progress) -> Evide
     reference = _reference(subject, threads)
     progress("reference", 1, 1)
     _write_image(reference, subject.staged / GOLDEN_FOLDER / IMAGE_NAME)
-    bundle = Bundle(path=subject.staged, manifest=subject.manifest)
+    with tempfile.TemporaryDirectory(dir=subject.staged, prefix=".emulated.") as work:
+        if subject.emulated:
+            bundle = runtime_bundle(subject.folder, subject.emulated, subject.manifest, Path(work))
+        else:
+            bundle = Bundle(path=subject.staged, manifest=subject.manifest)
+        return _measure_against(bundle, reference, subject, threads, progress)
+
+
+def _measure_against(
+    bundle: Bundle, reference: Reference, subject: Subject, threads: int | None, progress: Progress
+) -> Evidence:
     precision, total = subject.manifest.precision, len(reference.results) + 1
     parities = {}
     # One after the other: golden inputs have shapes of their own, and two sets of engines need twice the memory.
@@ -127,10 +141,11 @@ def _evidence_key(subject: Subject, store: Store) -> str:
     return cache_key(
         stage="evidence",
         engines=[component.key for component in subject.components],
+        emulated=bool(subject.emulated),
         model=msgspec.to_builtins(manifest.model),
         profile=msgspec.to_builtins(manifest.profile),  # it decides for which shapes a runner compiles
         tokenizer=[record.sha256 for record in manifest.tokenizer],
-        reference=[folder.reference, None if exported else _onnxruntime_version()],
+        reference=[folder.reference, None if exported and not subject.emulated else _onnxruntime_version()],
         request=msgspec.to_builtins(folder.golden),
         golden=[[path.name, store.sha256(path)] for path in golden if path.is_file()],
         runtime=_source_hash(),

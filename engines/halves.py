@@ -37,9 +37,9 @@ class MixedGraph:
     report: HalfReport
 
     @property
-    def emulated_path(self) -> Path:
+    def emulated(self) -> ComponentSource:
         """The graph that shows on the CPU what this one computes on a device."""
-        return self.source.onnx_path.with_name(EMULATED_NAME)
+        return replace(self.source, onnx_path=self.source.onnx_path.with_name(EMULATED_NAME))
 
 
 def make_mixed_graph(

@@ -22,6 +22,7 @@ class OnnxRuntimeBuilder:
     lend: bool = False
     name: ClassVar[BackendName] = "onnxruntime"
     device: ClassVar[str] = "cpu"
+    runs_here: ClassVar[bool] = True
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32",)
 
     @property

@@ -34,6 +34,7 @@ class OpenVinoBuilder:
 
     name: BackendName = "openvino"
     device = "cpu"
+    runs_here = True
 
     @property
     def version(self) -> str:

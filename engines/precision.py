@@ -22,8 +22,14 @@ def _onnxruntime() -> EngineBuilder:
     return OnnxRuntimeBuilder()
 
 
+def _tensorrt() -> EngineBuilder:
+    from sdrt.engines.tensorrt import TensorRtBuilder
+
+    return TensorRtBuilder.find()
+
+
 _BUILDERS: Mapping[str, Callable[[], EngineBuilder]] = MappingProxyType(
-    {"openvino": _openvino, "onnxruntime": _onnxruntime}
+    {"openvino": _openvino, "onnxruntime": _onnxruntime, "tensorrt": _tensorrt}
 )
 BACKENDS = tuple(_BUILDERS)
 

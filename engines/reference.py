@@ -60,12 +60,31 @@ def find_reference(
     if image_is_exported(folder, manifest.profile):
         image = read_golden_image(folder.golden_path("image"))
         return Reference(description=str(folder.reference), request=request, results=results, image=image)
-    bundle = _reference_bundle(folder, sources, manifest, work)
+    bundle = runtime_bundle(folder, sources, manifest, work)
     with open_runner(bundle, threads=threads) as runner:
         image = make_image(bundle, runner, request)
     own = f"ONNX Runtime {bundle.manifest.backend.version}, float32, on the given ONNX"
     description = own if folder.reference is None else f"{folder.reference}; the image: {own}"
     return Reference(description=description, request=request, results=results, image=image)
+
+
+def golden_inputs(folder: OnnxFolder, profile: ShapeProfile) -> dict[str, Mapping[str, Array]]:
+    """What each component is measured on: the exporter's golden inputs, else inputs drawn here. Raises BuildError."""
+    if folder.golden is not None:
+        return {component: read_golden(folder.golden_path(name)).inputs for component, name in FOLDER_OF.items()}
+    return _component_feeds(folder, _request(folder, profile))
+
+
+def runtime_bundle(folder: OnnxFolder, sources: Sequence[ComponentSource], manifest: Manifest, work: Path) -> Bundle:
+    """A bundle in `work`, for a moment, that runs `sources` as they are in ONNX Runtime; its files are lent."""
+    (work / "tokenizer").mkdir()
+    for file in folder.tokenizer_files():
+        lend_file(file, work / "tokenizer" / file.name)
+    builder = OnnxRuntimeBuilder(lend=True)
+    components = tuple(build_component(builder, source, "fp32", work) for source in sources)
+    backend = BackendRecord(name=builder.name, version=builder.version, device=builder.device, features=())
+    precision: Precision = "fp32"
+    return Bundle(path=work, manifest=replace(manifest, backend=backend, precision=precision, components=components))
 
 
 def _request(folder: OnnxFolder, profile: ShapeProfile) -> GoldenRequest:
@@ -86,19 +105,7 @@ def _request(folder: OnnxFolder, profile: ShapeProfile) -> GoldenRequest:
     )
 
 
-def _reference_bundle(folder: OnnxFolder, sources: Sequence[ComponentSource], manifest: Manifest, work: Path) -> Bundle:
-    """The same model as ONNX Runtime engines, whose files are lent from the ONNX folder."""
-    (work / "tokenizer").mkdir()
-    for file in folder.tokenizer_files():
-        lend_file(file, work / "tokenizer" / file.name)
-    builder = OnnxRuntimeBuilder(lend=True)
-    components = tuple(build_component(builder, source, "fp32", work) for source in sources)
-    backend = BackendRecord(name=builder.name, version=builder.version, device=builder.device, features=())
-    precision: Precision = "fp32"
-    return Bundle(path=work, manifest=replace(manifest, backend=backend, precision=precision, components=components))
-
-
-def _component_feeds(folder: OnnxFolder, request: GoldenRequest) -> dict[str, dict[str, Array]]:
+def _component_feeds(folder: OnnxFolder, request: GoldenRequest) -> dict[str, Mapping[str, Array]]:
     random = np.random.default_rng(_SEED)
     model = folder.model
     latents = (1, model.latent_channels, request.height // model.vae_downsample, request.width // model.vae_downsample)

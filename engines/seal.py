@@ -24,8 +24,11 @@ FLOAT32_BOUND = 2e-4
 BF16_BOUNDS: Mapping[str, float] = MappingProxyType(
     {TEXT_ENCODER: FLOAT32_BOUND, STEP: 3e-2, VAE_DECODER: 5e-2, VAE_ENCODER: 5e-2}
 )
+FP16_BOUNDS: Mapping[str, float] = MappingProxyType(
+    {TEXT_ENCODER: 1e-2, STEP: 1e-2, VAE_DECODER: 2e-2, VAE_ENCODER: 2e-2}
+)
 IMAGE_LEVELS = 1  # of 255, in float32
-IMAGE_PSNR_DB = 35.0  # in bf16
+IMAGE_PSNR_DB = 35.0  # in bf16 and fp16
 _DAMAGED = "export the checkpoint again"
 
 
@@ -74,7 +77,7 @@ def check_component(
     if unknown := sorted(golden.outputs.keys() - measured.keys()):
         raise BuildError(f"{name} has no output {', '.join(unknown)}, but its golden results do", hint=_DAMAGED)
     worst = max(max_relative(measured[key], array) for key, array in golden.outputs.items())
-    bound = FLOAT32_BOUND if precision == "fp32" else BF16_BOUNDS[name]
+    bound = {"fp16": FP16_BOUNDS, "bf16": BF16_BOUNDS}.get(precision, {}).get(name, FLOAT32_BOUND)
     if not worst <= bound:
         raise ParityError(
             f"{name} is off by {worst:.2e} of the largest value, more than {bound:.0e}", hint=_advice(precision)

@@ -141,7 +141,11 @@ class GoldenRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The content of bundle.json."""
+    """The content of bundle.json.
+
+    device_verified: False where the engines were built without their device; every parity is then that of their FP16
+    graphs on a CPU, and the first `sdrt verify` on a device completes the seal.
+    """
 
     format_version: int
     sdrt_version: str
@@ -153,6 +157,7 @@ class Manifest:
     components: tuple[ComponentRecord, ...]
     tokenizer: tuple[FileRecord, ...]
     golden: GoldenRecord
+    device_verified: bool = True
 
 
 class _Sealed(msgspec.Struct, forbid_unknown_fields=True):

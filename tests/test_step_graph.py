@@ -71,6 +71,8 @@ def open_step(name, folder, engine):
 
 def step_source(path):
     return ComponentSource(
+        default_height=64,
+        default_width=64,
         name="step",
         onnx_path=path,
         profile=parse_profile("64..256", "1..4", default=(64, 64), multiple_of=16, text_length=77),

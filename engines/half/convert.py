@@ -10,7 +10,7 @@ from sdrt.engines.half.rules import kept_by_rule
 from sdrt.engines.onnx_files import load_graph
 from sdrt.runners.base import Array
 
-CONVERTER_VERSION = 1  # part of every cache key: raise it with any change to the mixed graph
+CONVERTER_VERSION = 1  # part of every cache key: raise it with any change to the mixed graph or its emulation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

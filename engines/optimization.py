@@ -1,0 +1,140 @@
+"""Optimization profiles: which shapes a TensorRT engine accepts, and for which of them it is tuned."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from sdrt.bundle import ShapeProfile, TensorSpec
+from sdrt.engines.base import ComponentSource
+from sdrt.errors import BuildError
+from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+from sdrt.vae import tile_for
+
+HOT_SIZES = 4  # sizes of a list that get a profile of their own; each costs building time and engine size
+LANES_PER_IMAGE = 2
+# What each dimension of each input is; exporters name them as they like.
+_DIMENSIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        TEXT_ENCODER: {"input_ids": ("batch", "length")},
+        VAE_DECODER: {"latent_sample": ("batch", "channels", "height", "width")},
+        VAE_ENCODER: {"sample": ("batch", "channels", "height", "width")},
+        STEP: {
+            "state": ("requests", "slots", "channels", "height", "width"),
+            "input_scale": ("requests",),
+            "lane_request": ("lanes",),
+            "timestep": ("lanes",),
+            "prompt_embeds": ("lanes", "length", "features"),
+            "guidance": ("requests", "lanes"),
+            "transition": ("requests", "slots", "columns"),
+            "noise": ("requests", "channels", "height", "width"),
+        },
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Sizes of one dimension: what is accepted, and what the kernels are chosen for."""
+
+    minimum: int
+    optimum: int
+    maximum: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizationProfile:
+    """The shapes of every input of an engine that one profile covers: name → [minimum, optimum, maximum]."""
+
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+def optimization_profiles(source: ComponentSource, inputs: Sequence[TensorSpec]) -> tuple[OptimizationProfile, ...]:
+    """The profiles of a component, those for hot shapes first: a runner takes the first that covers what it is fed.
+
+    - text encoder: one prompt at a time, of the model's length;
+    - step: a bundle for a list of sizes has a profile for each of the first `HOT_SIZES`; one for a range has one for
+      the model's own size; the last profile covers everything;
+    - VAE: one image, or one tile of it, at a time.
+
+    A bundle for one size and one image at a time has static profiles alone: with and without guidance.
+    BuildError: an input is not known, or has another number of dimensions.
+    """
+    return tuple(OptimizationProfile(shapes=_shapes(source, inputs, ranges)) for ranges in _ranges(source))
+
+
+def _ranges(source: ComponentSource) -> list[dict[str, Range]]:
+    profile = source.profile
+    length = {"length": _fixed(profile.text_length)}
+    if source.name == TEXT_ENCODER:
+        return [length | {"batch": _fixed(1)}]
+    if source.name in (VAE_DECODER, VAE_ENCODER):
+        return [_vae_ranges(source)]
+    if source.name != STEP:
+        raise BuildError(f"{source.name} is no component that TensorRT builds", hint="update sdrt")
+    general = length | _sides(source, profile.minimum, profile.maximum)
+    general |= {
+        "requests": Range(minimum=1, optimum=1, maximum=profile.max_batch),
+        "lanes": Range(minimum=1, optimum=LANES_PER_IMAGE, maximum=source.max_lanes),
+    }
+    hot = [general | _sides(source, size, size) for size in _hot_sizes(profile, source)]
+    if profile.max_batch == 1:
+        hot = [each | {"requests": _fixed(1), "lanes": _fixed(lanes)} for each in hot for lanes in (LANES_PER_IMAGE, 1)]
+    covered = bool(profile.sizes) and len(profile.sizes) <= HOT_SIZES
+    return hot if covered else [*hot, general]
+
+
+def _hot_sizes(profile: ShapeProfile, source: ComponentSource) -> list[tuple[int, int]]:
+    if profile.sizes:
+        return list(profile.sizes[:HOT_SIZES])
+    own = (source.default_height, source.default_width)
+    return [own] if profile.accepts(*own) and profile.minimum != profile.maximum else []
+
+
+def _sides(source: ComponentSource, smallest: tuple[int, int], largest: tuple[int, int]) -> dict[str, Range]:
+    """Height and width in latent pixels; tuned for the model's own size where that lies inside."""
+    own = (source.default_height, source.default_width)
+    side = source.vae_downsample
+    return {
+        name: Range(minimum=low // side, optimum=min(max(preferred, low), high) // side, maximum=high // side)
+        for name, low, preferred, high in zip(("height", "width"), smallest, own, largest, strict=True)
+    }
+
+
+def _vae_ranges(source: ComponentSource) -> dict[str, Range]:
+    """From one latent pixel to the largest tile; the encoder's sides are in pixels."""
+    profile, factor = source.profile, source.vae_downsample
+    tile = tile_for(source.default_height, source.default_width, factor)
+    fine = factor if source.name == VAE_ENCODER else 1
+    ranges = {"batch": _fixed(1)}
+    own = (source.default_height, source.default_width)
+    for name, preferred, largest in zip(("height", "width"), own, profile.maximum, strict=True):
+        most = min(tile, largest // factor)
+        ranges[name] = Range(minimum=fine, optimum=min(preferred // factor, most) * fine, maximum=most * fine)
+    return ranges
+
+
+def _shapes(
+    source: ComponentSource, inputs: Sequence[TensorSpec], ranges: Mapping[str, Range]
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    known = _DIMENSIONS[source.name]
+    if unknown := [spec for spec in inputs if len(known.get(spec.name, ())) != len(spec.shape)]:
+        raise BuildError(
+            f"{source.name} has the input {unknown[0].name} of shape {list(unknown[0].shape)}",
+            hint=f"export the checkpoint again with sdrt; the inputs known are: {', '.join(known)}",
+        )
+    shapes = {}
+    for spec in inputs:
+        sides = [
+            _fixed(size) if isinstance(size, int) else ranges[name]
+            for size, name in zip(spec.shape, known[spec.name], strict=True)
+        ]
+        shapes[spec.name] = (
+            tuple(side.minimum for side in sides),
+            tuple(side.optimum for side in sides),
+            tuple(side.maximum for side in sides),
+        )
+    return shapes
+
+
+def _fixed(size: int) -> Range:
+    return Range(minimum=size, optimum=size, maximum=size)

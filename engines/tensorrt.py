@@ -1,0 +1,138 @@
+"""Engines for TensorRT and TensorRT-RTX, built from mixed FP16 graphs; with TensorRT-RTX also where there is no GPU."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import msgspec
+
+from sdrt.bundle import BackendName, JsonValue, Precision
+from sdrt.cache import default_cache_root
+from sdrt.engines.base import ComponentSource
+from sdrt.engines.components import input_specs
+from sdrt.engines.onnx_files import external_files, load_graph
+from sdrt.engines.optimization import optimization_profiles
+from sdrt.engines.tensorrt_child import Order
+from sdrt.errors import BuildError
+from sdrt.progress import Progress, silent
+from sdrt.runners.nvidia import INSTALL, Device, Library, find_device, load_library
+from sdrt.worker import run_child
+
+ENGINE_NAME = "model.engine"
+CHILD = "sdrt.engines.tensorrt_child"
+# Measured while building SD1.5's UNet of 1.72 GB without a GPU: 6.1 GB at the most.
+MEMORY_PER_WEIGHT = 3.5
+MEMORY_BESIDE = 2**29  # bytes, for the library itself and small graphs
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRtBuilder:
+    """Builds with `library`, for `gpu` if there is one.
+
+    targets: architectures to build for ahead of time ("sm89"); none means every one that the library supports.
+    """
+
+    library: Library
+    gpu: Device | None
+    targets: tuple[str, ...] = ()
+    refit: bool = False
+    workspace_bytes: int | None = None
+    progress: Progress = field(default=silent)
+    name: ClassVar[BackendName] = "tensorrt"
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp16",)
+
+    @classmethod
+    def find(cls) -> "TensorRtBuilder":
+        """With the library and the GPU of this machine. BackendError: no library that can build here."""
+        return cls(library=load_library(), gpu=find_device())
+
+    @property
+    def version(self) -> str:
+        """The library's own version."""
+        return self.library.version
+
+    @property
+    def device(self) -> str:
+        """The GPU's architecture for engines that are made for one GPU, else "cuda"."""
+        if self.library.name == "tensorrt" and self.gpu is not None:
+            return self.gpu.architecture
+        return "cuda"
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether there is a GPU; see `EngineBuilder.runs_here`."""
+        return self.gpu is not None
+
+    def features(self, precision: Precision) -> tuple[str, ...]:
+        """The library, and the architectures if the engines are for some only; see `EngineBuilder.features`."""
+        return (self.library.name, *self.targets)
+
+    def settings(self, source: ComponentSource) -> dict[str, JsonValue]:
+        """The profiles; see `EngineBuilder.settings`."""
+        profiles = optimization_profiles(source, input_specs(load_graph(source.onnx_path)))
+        return {
+            "profiles": msgspec.to_builtins([asdict(profile) for profile in profiles]),
+            "refit": self.refit,
+            "workspace_bytes": self.workspace_bytes,
+        }
+
+    def build(self, source: ComponentSource, precision: Precision, folder: Path) -> Sequence[str]:
+        """Write model.engine; see `EngineBuilder.build`. BuildError: too little memory, before the build or in it."""
+        if self.refit and self.gpu is None:
+            raise BuildError(
+                f"{self.library.name} builds refittable engines on a machine with a GPU only",
+                hint="build it there, or without refitting",
+            )
+        model = load_graph(source.onnx_path)
+        check_memory(source.name, sum(file.stat().st_size for file in external_files(model, source.onnx_path)))
+        order = Order(
+            component=source.name,
+            library=self.library.name,
+            onnx_path=str(source.onnx_path),
+            engine_path=str(folder / ENGINE_NAME),
+            timing_cache_path=self._timing_cache(),
+            profiles=optimization_profiles(source, input_specs(model)),
+            targets=self.targets,
+            own_capture=self.library.name == "tensorrt_rtx",
+            refit=self.refit,
+            workspace_bytes=self.workspace_bytes,
+        )
+        with tempfile.TemporaryDirectory(prefix="sdrt-order-") as work:
+            path = Path(work) / "order.json"
+            path.write_bytes(msgspec.json.encode(order))
+            run_child(CHILD, [str(path)], self.progress, hint_if_absent=INSTALL)
+        return (ENGINE_NAME,)
+
+    def _timing_cache(self) -> str | None:
+        """Measured times are of one device and one version; ahead of time nothing is measured."""
+        if self.gpu is None:
+            return None
+        folder = default_cache_root() / "timing"
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder / f"{self.library.name}-{self.library.version}-{self.gpu.architecture}.cache")
+
+
+def check_memory(component: str, weight_bytes: int, *, meminfo: Path = _MEMINFO) -> None:
+    """Refuse a build that this machine has no memory for. BuildError, with both figures."""
+    needed = int(weight_bytes * MEMORY_PER_WEIGHT) + MEMORY_BESIDE
+    available = available_bytes(meminfo)
+    if available is not None and available < needed:
+        raise BuildError(
+            f"building {component} takes about {needed / 2**30:.1f} GiB of memory; {available / 2**30:.1f} are free",
+            hint="close other programs, or build on a larger machine: the bundle can be copied",
+        )
+
+
+def available_bytes(meminfo: Path = _MEMINFO) -> int | None:
+    """Memory that programs can take now; None where the system does not tell."""
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
