@@ -26,6 +26,9 @@ from sdrt.trajectory import Trajectory, start_trajectory
 from sdrt.vae import decode_latents, encode_image, tile_for
 
 
+_LONGEST_QUOTE = 200  # characters
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
     """Where the time of one request went, in seconds. One entry of `step_seconds` is one network evaluation."""
@@ -290,7 +293,7 @@ class Pipeline:
         length = self.bundle.manifest.model.text_length
         dropped = {name: self._prompts.dropped(text) for name, text in texts.items()}
         return tuple(
-            f"the {name} is longer than the model's {length} tokens; this part was dropped: {rest!r}"
+            f"the {name} is longer than the model's {length} tokens; this part was dropped: {_shortened(rest)!r}"
             for name, rest in dropped.items()
             if rest
         )
@@ -309,6 +312,11 @@ class Pipeline:
 
 def _latents_of(prepared: Prepared) -> FloatArray:
     return np.stack([trajectory.latents for trajectory in prepared.trajectories])
+
+
+def _shortened(text: str) -> str:
+    """A warning is for reading; prompts may have megabytes."""
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…"
 
 
 def _on_grid(length: int, side: int) -> int:

@@ -98,6 +98,12 @@ def test_a_prompt_over_the_models_length_is_a_warning_that_says_what_was_dropped
     assert fake().generate("red", **OPTIONS).warnings == ()
 
 
+def test_a_warning_quotes_no_more_than_can_be_read(fake):
+    (warning,) = fake().generate("red " * 15 + "circle " * 1000, **OPTIONS).warnings
+    assert len(warning) < 400
+    assert "…" in warning
+
+
 def test_nan_is_an_error_and_never_an_image(fake):
     def spoil(name, feeds):
         if name == "step" and float(feeds["timestep"][0]) < 500:
