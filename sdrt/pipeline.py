@@ -316,7 +316,8 @@ def _latents_of(prepared: Prepared) -> FloatArray:
 
 def _shortened(text: str) -> str:
     """A warning is for reading; prompts may have megabytes."""
-    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…"
+    half = _LONGEST_QUOTE // 2
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:half]} … {text[-half:]}"
 
 
 def _on_grid(length: int, side: int) -> int:
