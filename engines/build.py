@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from sdrt.bundle import (
     FORMAT_VERSION,
     BackendRecord,
     FileRecord,
+    Float32Islands,
     GoldenRecord,
     Manifest,
     ParityRecord,
@@ -96,7 +97,7 @@ def _build(onnx_folder: Path, out: Path, options: BuildOptions, progress: Progre
             emulated=() if builder.runs_here else tuple(graph.emulated for graph in mixed),
         )
         evidence = gather_evidence(subject, store, options.threads, progress)
-        manifest = _sealed(manifest, evidence, staged)
+        manifest = _sealed(manifest, evidence, {graph.source.name: graph.islands for graph in mixed}, staged)
         write_manifest(staged, manifest)
     return manifest
 
@@ -206,8 +207,9 @@ def _unsealed(
     )
 
 
-def _sealed(manifest: Manifest, evidence: Evidence, staged: Path) -> Manifest:
+def _sealed(manifest: Manifest, evidence: Evidence, islands: Mapping[str, Float32Islands], staged: Path) -> Manifest:
     components = tuple(
-        replace(component, parity=evidence.components[component.name]) for component in manifest.components
+        replace(component, parity=evidence.components[component.name], islands=islands.get(component.name))
+        for component in manifest.components
     )
     return replace(manifest, components=components, golden=golden_record(evidence, staged))

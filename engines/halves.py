@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import msgspec
 import numpy as np
 import onnx
 
-from sdrt.bundle import JsonValue
+from sdrt.bundle import Float32Islands, JsonValue
 from sdrt.cache import Store, cache_key
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.components import place_composed
@@ -35,6 +36,15 @@ class MixedGraph:
 
     source: ComponentSource
     report: HalfReport
+
+    @property
+    def islands(self) -> Float32Islands:
+        """The report, as the bundle keeps it."""
+        return Float32Islands(
+            nodes=self.report.nodes,
+            by_rule=dict(Counter(self.report.by_rule.values())),
+            measured=tuple(sorted(self.report.findings, key=lambda island: -island.value)),
+        )
 
     @property
     def emulated(self) -> ComponentSource:

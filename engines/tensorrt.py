@@ -17,6 +17,7 @@ from sdrt.engines.optimization import optimization_profiles
 from sdrt.engines.tensorrt_child import Order
 from sdrt.errors import BuildError
 from sdrt.progress import Progress, silent
+from sdrt.runners.cpu import MEMINFO, memory_bytes
 from sdrt.runners.nvidia import INSTALL, Device, Library, find_device, load_library
 from sdrt.worker import run_child
 
@@ -25,7 +26,6 @@ CHILD = "sdrt.engines.tensorrt_child"
 # Measured while building SD1.5's UNet of 1.72 GB without a GPU: 6.1 GB at the most.
 MEMORY_PER_WEIGHT = 3.5
 MEMORY_BESIDE = 2**29  # bytes, for the library itself and small graphs
-_MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,24 +115,12 @@ class TensorRtBuilder:
         return str(folder / f"{self.library.name}-{self.library.version}-{self.gpu.architecture}.cache")
 
 
-def check_memory(component: str, weight_bytes: int, *, meminfo: Path = _MEMINFO) -> None:
+def check_memory(component: str, weight_bytes: int, *, meminfo: Path = MEMINFO) -> None:
     """Refuse a build that this machine has no memory for. BuildError, with both figures."""
     needed = int(weight_bytes * MEMORY_PER_WEIGHT) + MEMORY_BESIDE
-    available = available_bytes(meminfo)
+    _, available = memory_bytes(meminfo)
     if available is not None and available < needed:
         raise BuildError(
             f"building {component} takes about {needed / 2**30:.1f} GiB of memory; {available / 2**30:.1f} are free",
             hint="close other programs, or build on a larger machine: the bundle can be copied",
         )
-
-
-def available_bytes(meminfo: Path = _MEMINFO) -> int | None:
-    """Memory that programs can take now; None where the system does not tell."""
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None

@@ -16,6 +16,7 @@ from sdrt.engines.optimization import OptimizationProfile
 from sdrt.errors import BuildError
 from sdrt.files import write_atomically
 from sdrt.progress import Progress
+from sdrt.runners.cuda_python import remembering_logger
 from sdrt.runners.nvidia import Library, LibraryName, load_library
 from sdrt.worker import serve
 
@@ -63,11 +64,11 @@ class Session:
         """Load the library. BackendError: it is not installed."""
         library = load_library(name)
         trt = library.module
-        return cls(library=library, logger=quiet_logger(trt), recorder=error_recorder(trt), alive=[])
+        return cls(library=library, logger=remembering_logger(trt), recorder=error_recorder(trt), alive=[])
 
     def reason(self) -> str:
         """Why TensorRT refused, in its own words."""
-        return self.recorder.first() or self.logger.first() or "it gives no reason"
+        return str(self.recorder.first() or self.logger.reason())
 
 
 def build(session: Session, order: Order, progress: Progress) -> JsonValue:
@@ -97,26 +98,6 @@ def build(session: Session, order: Order, progress: Progress) -> JsonValue:
     if timing is not None and order.timing_cache_path is not None:
         write_atomically(Path(order.timing_cache_path), bytes(timing.serialize()), overwrite=True)
     return {"layers": int(network.num_layers), "engine_bytes": int(engine.nbytes)}
-
-
-def quiet_logger(trt: Any) -> Any:  # noqa: ANN401  (TensorRT's classes exist once its module is loaded)
-    """A logger that prints warnings to standard error and remembers errors."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:  # noqa: ANN401
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-            if severity not in (trt.ILogger.INFO, trt.ILogger.VERBOSE):
-                sys.stderr.write(f"{message}\n")
-
-        def first(self) -> str | None:
-            return self.errors[0] if self.errors else None
-
-    return Logger()
 
 
 def error_recorder(trt: Any) -> Any:  # noqa: ANN401

@@ -61,14 +61,38 @@ class ParityRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredIsland:
+    """A node of an FP16 graph that keeps float32 because calibration found that it has to.
+
+    value: for "overflow" the largest magnitude met at its border; for "precision" the error that float16 inputs cause
+    in this node alone, relative to its largest result.
+    """
+
+    node: str
+    operator: str
+    reason: Literal["overflow", "precision"]
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Float32Islands:
+    """What an FP16 graph keeps in float32: how many of its `nodes` for each rule, and which as measured."""
+
+    nodes: int
+    by_rule: dict[str, int]
+    measured: tuple[MeasuredIsland, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentRecord:
-    """One engine: its files (the first is the one to open), its border, its parity."""
+    """One engine: its files (the first is the one to open), its border, its parity; islands: of FP16 engines."""
 
     name: str
     files: tuple[FileRecord, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parity: ParityRecord
+    islands: Float32Islands | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +244,7 @@ def record_file(root: Path, path: Path, *, sha256: str | None = None) -> FileRec
     )
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest, *, overwrite: bool = False) -> None:
     """Write bundle.json, which makes the folder a bundle.
 
     Raises BuildError for a manifest that would not be read back as it is, OutputError when it cannot be written.
@@ -234,7 +258,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     if fault := next(_faults(manifest), None):
         raise BuildError(f"the manifest of {folder} contradicts itself: {fault}", hint="export the checkpoint again")
     text = msgspec.json.encode(_Sealed(seal=_seal(body), manifest=msgspec.Raw(body)))
-    write_atomically(folder / MANIFEST_NAME, text + b"\n")
+    write_atomically(folder / MANIFEST_NAME, text + b"\n", overwrite=overwrite)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -25,7 +25,6 @@ from sdrt.tokenizer import Tokenizer
 from sdrt.trajectory import Trajectory, start_trajectory
 from sdrt.vae import decode_latents, encode_image, tile_for
 
-
 _LONGEST_QUOTE = 200  # characters
 
 

@@ -2,11 +2,11 @@
 
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sdrt.bundle import Bundle, GoldenRecord, ParityRecord, verify_files
+from sdrt.bundle import Bundle, GoldenRecord, ParityRecord, verify_files, write_manifest
 from sdrt.errors import BundleError, ParityError
 from sdrt.parity import Pixels, image_parity, meets
 from sdrt.pipeline import Pipeline
@@ -17,17 +17,21 @@ from sdrt.runners import open_runner
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What was found: how many files and bytes have their hash, and the golden image's parity, then and now."""
+    """What was found: how many files and bytes have their hash, and the golden image's parity, then and now.
+
+    completed: the bundle was built without its device, and this was the first time on one: the seal now says so.
+    """
 
     files: int
     size_bytes: int
     sealed: ParityRecord
     parity: ParityRecord
     seconds: float
+    completed: bool
 
 
 def verify_bundle(bundle: Bundle, *, threads: int | None = None, progress: Progress = silent) -> Verification:
-    """Check a bundle as a whole on this machine.
+    """Check a bundle as a whole on this machine; complete the seal of one that was built without its device.
 
     BundleError: a file is not the one that was sealed. BackendError: the engines do not run here.
     ParityError: they run, but do not make the golden image.
@@ -44,6 +48,8 @@ def verify_bundle(bundle: Bundle, *, threads: int | None = None, progress: Progr
             f"the seal allows {parity.bound:.4g}",
             hint="rebuild the bundle on this machine with: sdrt build (--precision fp32 if it stays so)",
         )
+    if not bundle.manifest.device_verified:
+        complete_seal(bundle, parity)
     records = list(bundle.files())
     return Verification(
         files=len(records),
@@ -51,7 +57,14 @@ def verify_bundle(bundle: Bundle, *, threads: int | None = None, progress: Progr
         sealed=golden.parity,
         parity=parity,
         seconds=time.perf_counter() - began,
+        completed=not bundle.manifest.device_verified,
     )
+
+
+def complete_seal(bundle: Bundle, parity: ParityRecord) -> None:
+    """Write into the manifest that the golden image was drawn on a device, and how close. OutputError: read-only."""
+    golden = replace(bundle.manifest.golden, parity=parity)
+    write_manifest(bundle.path, replace(bundle.manifest, golden=golden, device_verified=True), overwrite=True)
 
 
 def read_golden_image(bundle: Bundle) -> Pixels:

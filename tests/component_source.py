@@ -1,6 +1,7 @@
 """The source that a bundle's component was built of, as far as its shapes go."""
 
 from sdrt.engines.base import ComponentSource
+from sdrt.engines.profile import parse_profile
 
 
 def source_of(bundle, name):
@@ -16,4 +17,21 @@ def source_of(bundle, name):
         vae_downsample=model.vae_downsample,
         default_height=model.default_height,
         default_width=model.default_width,
+    )
+
+
+def source_of_onnx(path):
+    """A VAE decoder of the embedded model's kind."""
+    profile = parse_profile("128x128", "1", default=(128, 128), multiple_of=32, text_length=77)
+    return ComponentSource(
+        name="vae_decoder",
+        onnx_path=path,
+        profile=profile,
+        max_lanes=2,
+        state_slots=6,
+        latent_channels=4,
+        prompt_embeds_dim=128,
+        vae_downsample=8,
+        default_height=128,
+        default_width=128,
     )

@@ -4,12 +4,13 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from sdrt.bundle import MeasuredIsland
 from sdrt.engines.half.graph import LARGEST, SENTINEL, FloatGraph, is_half, to_half
 from sdrt.engines.onnx_files import external_files, lend_file
 from sdrt.engines.onnx_session import run_onnx
@@ -21,26 +22,10 @@ LARGEST_KEPT_HALF = LARGEST / HEADROOM
 WORST_ROUNDING = 2.0**-6  # of a node's largest value: 32 times what one rounding to float16 costs
 
 _PREFIX = "watched."
+_INFINITE = float(np.finfo(np.float32).max)
 _REORDER = ("Concat", "Flatten", "Pad", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze")
 _SELECT = ("Expand", "Gather", "Identity", "Slice", "Tile")
 _MOVES = frozenset((*_REORDER, *_SELECT))  # values pass through unchanged: rounding them costs what it costs anywhere
-
-
-Reason: TypeAlias = Literal["overflow", "precision"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """Why a node has to keep float32.
-
-    value: for "overflow" the largest magnitude met at its border, for "precision" the error that float16 inputs cause
-    in this node alone, relative to its largest result.
-    """
-
-    node: str
-    operator: str
-    reason: Reason
-    value: float
 
 
 def calibrate(
@@ -51,7 +36,7 @@ def calibrate(
     work: Path,
     *,
     threads: int | None = None,
-) -> list[Finding]:
+) -> list[MeasuredIsland]:
     """Run the float32 model on `feeds` and find the nodes beside `kept` that would overflow or lose precision.
 
     source: the model's file; work: an existing folder on a file system with room for nothing but the graph.
@@ -185,16 +170,16 @@ def half_border(graph: FloatGraph, node: onnx.NodeProto, kept: Collection[str]) 
             yield name
 
 
-def _findings(watch: _Watch, worst: Mapping[str, float]) -> Iterator[Finding]:
+def _findings(watch: _Watch, worst: Mapping[str, float]) -> Iterator[MeasuredIsland]:
     graph = watch.graph
     largest = {tensor: worst[output] for output, tensor in watch.magnitudes.items()}
     errors = {node: worst[output] for output, node in watch.errors.items()}
     for node in graph.model.graph.node:
         value = max((largest[name] for name in half_border(graph, node, watch.kept)), default=0.0)
         if value > LARGEST_KEPT_HALF:
-            yield Finding(node=node.name, operator=node.op_type, reason="overflow", value=value)
+            yield MeasuredIsland(node=node.name, operator=node.op_type, reason="overflow", value=value)
         elif not (error := errors.get(node.name, 0.0)) <= WORST_ROUNDING:
-            reason: Reason = (
-                "precision" if np.isfinite(error) else "overflow"
-            )  # a weight of the node, or a sum within it
-            yield Finding(node=node.name, operator=node.op_type, reason=reason, value=error)
+            # Not finite: a weight of the node, or a sum within it. JSON has no infinity.
+            reason: Literal["overflow", "precision"] = "precision" if np.isfinite(error) else "overflow"
+            error = float(np.nan_to_num(error, nan=_INFINITE, posinf=_INFINITE))
+            yield MeasuredIsland(node=node.name, operator=node.op_type, reason=reason, value=error)

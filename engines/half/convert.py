@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdrt.engines.half.calibration import Finding, calibrate
+from sdrt.bundle import MeasuredIsland
+from sdrt.engines.half.calibration import calibrate
 from sdrt.engines.half.graph import read_float_graph, write_half
 from sdrt.engines.half.rules import kept_by_rule
 from sdrt.engines.onnx_files import load_graph
@@ -22,7 +23,7 @@ class HalfReport:
 
     nodes: int
     by_rule: Mapping[str, str]
-    findings: tuple[Finding, ...]
+    findings: tuple[MeasuredIsland, ...]
 
 
 def convert_to_half(

@@ -22,8 +22,14 @@ if TYPE_CHECKING:
 
     from sdrt.bundle import Bundle, JsonValue, ParityRecord
 
-BACKEND_INSTALLS = {"openvino": "pip install sdrt", "onnxruntime": 'pip install "sdrt[onnxruntime]"'}
+BACKEND_INSTALLS = {
+    "openvino": "pip install sdrt",
+    "onnxruntime": 'pip install "sdrt[onnxruntime]"',
+    "tensorrt": 'pip install "sdrt[tensorrt]"',
+}
+BACKEND_MODULES = {"tensorrt": ("tensorrt", "tensorrt_rtx")}  # any of these; else the backend's own name
 LARGEST_BATCH = 64
+UNVERIFIED = "the FP16 graphs, on a CPU; the engines wait for a GPU: sdrt verify"
 _BATCH = re.compile(r"(?:1\.\.)?([0-9]{1,3})")
 _SIDE = re.compile(r"[0-9]{1,6}")
 _SIZES_HINT = (
@@ -38,10 +44,11 @@ def build(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="The folder to make.")],
     backend: Annotated[
-        Literal["auto", "openvino", "onnxruntime"], typer.Option(help="What compiles and runs the engines.")
+        Literal["auto", "openvino", "onnxruntime", "tensorrt"], typer.Option(help="What compiles and runs the engines.")
     ] = "auto",
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"], typer.Option(help="auto is bf16 where the CPU computes in it, else fp32.")
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(help="auto is fp16 for tensorrt; else bf16 where the CPU computes in it, else fp32."),
     ] = "auto",
     sizes: Annotated[
         str | None,
@@ -183,7 +190,7 @@ def _check_batch(batch: str) -> None:
 
 def _check_backend(backend: str) -> None:
     needed = "openvino" if backend == "auto" else backend
-    if find_spec(needed) is None:
+    if all(find_spec(name) is None for name in BACKEND_MODULES.get(needed, (needed,))):
         raise BuildError(f"the backend {needed} is not installed", hint=BACKEND_INSTALLS[needed])
 
 
@@ -255,4 +262,6 @@ def _summary(bundle: "Bundle", seconds: float) -> "list[Text | str]":
         ("reference", manifest.golden.reference),
         ("built in", seconds_text(seconds)),
     ]
+    if not manifest.device_verified:
+        rows.append(("verified", UNVERIFIED))
     return [title(f"{manifest.model.name}: built, checked and sealed"), *facts(rows), "", *parity_table(bundle)]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from sdrt.bundle import JsonValue
 
-BACKENDS = ("openvino", "onnxruntime")
+BACKENDS = ("openvino", "onnxruntime", "tensorrt")
 INSTALLS = {"openvino": "pip install sdrt", "onnxruntime": 'pip install "sdrt[onnxruntime]"'}
 
 
@@ -56,20 +56,9 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> tuple[int | None, int | None]:
-    """The machine's memory and how much of it is available now; None where the system does not tell."""
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError:
-        return None, None
-    values = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
-    total, free = (int(values[key][0]) * 1024 if values.get(key) else None for key in ("MemTotal", "MemAvailable"))
-    return total, free
-
-
 def _machine() -> "dict[str, JsonValue]":
     from sdrt.cache import default_cache_root
-    from sdrt.runners.cpu import available_cores, cpu_features, cpu_name, native_precision
+    from sdrt.runners.cpu import available_cores, cpu_features, cpu_name, memory_bytes, native_precision
 
     cache = default_cache_root()
     total, available = memory_bytes()
@@ -111,6 +100,8 @@ def _machine_rows(machine: "dict[str, JsonValue]") -> list[tuple[str, str]]:
 
 def _backend(name: str) -> "dict[str, JsonValue]":
     """Whether a backend is installed and loads. A broken installation fails in many ways, so all are reported."""
+    if name == "tensorrt":
+        return _tensorrt()
     if find_spec(name) is None:
         return {"version": None, "works": False, "text": f"not installed: {INSTALLS[name]}"}
     installed = _version(name)
@@ -119,6 +110,27 @@ def _backend(name: str) -> "dict[str, JsonValue]":
     except Exception as error:
         return {"version": installed, "works": False, "text": f"{installed} does not load: {error}"}
     return {"version": installed, "works": True, "text": str(installed)}
+
+
+def _tensorrt() -> "dict[str, JsonValue]":
+    """What of TensorRT's parts is there: the library builds alone, drawing needs a driver and a GPU too."""
+    from sdrt.errors import BackendError
+    from sdrt.runners.nvidia import load_library, require_device
+
+    try:
+        library = load_library()
+    except BackendError as error:
+        return {"version": None, "works": False, "text": f"{error.message}; {error.hint}"}
+    found = f"{library.name} {library.version}"
+    try:
+        device = require_device()
+    except BackendError as error:
+        return {
+            "version": library.version,
+            "works": False,
+            "text": f"{found} builds here; {error.message}; {error.hint}",
+        }
+    return {"version": library.version, "works": True, "text": f"{found} on {device.name} ({device.architecture})"}
 
 
 def _packages() -> "dict[str, dict[str, JsonValue]]":

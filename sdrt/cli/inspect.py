@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdrt.cli.build import bundle_bytes, is_onnx_folder, parity_table, size_multiple
+from sdrt.cli.build import UNVERIFIED, bundle_bytes, is_onnx_folder, parity_table, size_multiple
 from sdrt.cli.options import EMBEDDED, AsJson, model_folder
 from sdrt.cli.terminal import emit, facts, size_text, table, title
 from sdrt.errors import CheckpointError
@@ -14,8 +14,9 @@ from sdrt.errors import CheckpointError
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from sdrt.bundle import Bundle, JsonValue
+    from sdrt.bundle import Bundle, Float32Islands, JsonValue
 
+MOST_NODES = 8  # named; --json has all
 WEIGHTS = (".safetensors", ".bin", ".onnx", ".data", ".onnx_data", ".pb")
 
 
@@ -71,7 +72,22 @@ def _bundle_lines(bundle: "Bundle") -> "list[Text | str]":
             f"guidance {golden.guidance_scale:g}, {golden.width}x{golden.height}",
         ),
     ]
-    return [title(f"{bundle.path}: a bundle"), *facts(rows), "", *parity_table(bundle)]
+    if not manifest.device_verified:
+        rows.append(("verified", UNVERIFIED))
+    islands = [(item.name, _islands_text(item.islands)) for item in manifest.components if item.islands is not None]
+    kept = ["", title("Kept in float32"), *facts(islands)] if islands else []
+    return [title(f"{bundle.path}: a bundle"), *facts(rows), "", *parity_table(bundle), *kept]
+
+
+def _islands_text(islands: "Float32Islands") -> str:
+    """How many nodes by which rule, and the nodes that calibration found, worst first."""
+    parts = [f"{count:,} {rule}" for rule, count in islands.by_rule.items()]
+    parts += [
+        f"{item.node} ({item.operator}, {item.reason} {item.value:.3g})" for item in islands.measured[:MOST_NODES]
+    ]
+    rest = len(islands.measured) - MOST_NODES
+    parts += [f"{rest:,} more as measured"] * (rest > 0)
+    return f"of {islands.nodes:,} nodes: {', '.join(parts) or 'none'}"
 
 
 def _model(folder: Path) -> "dict[str, JsonValue]":

@@ -22,5 +22,7 @@ def verify(bundle: BundleFolder, threads: Threads = None, as_json: AsJson = Fals
         ("golden image", f"{now} from {opened.manifest.golden.reference} (sealed with {then}, allowed {allowed})"),
         ("checked in", seconds_text(found.seconds)),
     ]
+    if found.completed:
+        rows.append(("device", "drawn on it for the first time: the seal is complete"))
     result = {"bundle": str(bundle), "valid": True, **msgspec.to_builtins(found)}
     emit(result, [title(f"{bundle}: as it was sealed"), *facts(rows)], as_json=as_json)

@@ -13,7 +13,7 @@ from sdrt.runners.cpu import cpu_features
 _INSTALL: Mapping[BackendName, str] = {
     "openvino": "pip install sdrt",
     "onnxruntime": 'pip install "sdrt[onnxruntime]"',
-    "tensorrt": "build the bundle again with --backend openvino or onnxruntime",
+    "tensorrt": 'pip install "sdrt[tensorrt]"',
 }
 
 
@@ -46,11 +46,19 @@ def _open(bundle: Bundle, threads: int | None) -> Runner:
         from sdrt.runners.onnxruntime import OnnxRuntimeRunner
 
         return OnnxRuntimeRunner(bundle, threads=threads)
-    raise BackendError(f"this sdrt has no runner for {name}", hint=_INSTALL[name])
+    from sdrt.runners.cuda_python import CudaPython
+    from sdrt.runners.nvidia import library_of
+    from sdrt.runners.tensorrt import TensorRtRunner
+
+    driver = CudaPython(library_of(bundle.manifest.backend), bundle.path / "kernels")
+    return TensorRtRunner(bundle, driver)
 
 
 def check_backend(backend: BackendRecord) -> None:
     """Compare what a bundle needs with what this machine has, before any engine is touched."""
+    if backend.name == "tensorrt":
+        _check_tensorrt(backend)
+        return
     if importlib.util.find_spec(backend.name) is None:
         raise BackendError(f"the bundle needs {backend.name}, which is not installed", hint=_INSTALL[backend.name])
     installed = _installed_version(backend.name)
@@ -65,6 +73,14 @@ def check_backend(backend: BackendRecord) -> None:
             f"the bundle needs a CPU with {', '.join(absent)}, which this one has not",
             hint="rebuild it for this machine: sdrt build … --precision fp32",
         )
+
+
+def _check_tensorrt(backend: BackendRecord) -> None:
+    from sdrt.runners import nvidia
+
+    library = nvidia.load_library(nvidia.library_of(backend))
+    nvidia.check_version(backend, library.version)
+    nvidia.check_device(backend, nvidia.require_device())
 
 
 def _installed_version(name: BackendName) -> str:

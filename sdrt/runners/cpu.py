@@ -5,6 +5,7 @@ import platform
 from pathlib import Path
 from typing import Literal
 
+MEMINFO = Path("/proc/meminfo")
 BF16_FEATURES = ("amx_bf16", "avx512_bf16")  # either makes bfloat16 faster than float32
 _RELEVANT = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 
@@ -52,3 +53,14 @@ def _core_of(cpu: int, topology: Path) -> str:
         return (topology / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
     except OSError:
         return str(cpu)
+
+
+def memory_bytes(meminfo: Path = MEMINFO) -> tuple[int | None, int | None]:
+    """The machine's memory and how much of it is available now; None where the system does not tell."""
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return None, None
+    values = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+    total, free = (int(values[key][0]) * 1024 if values.get(key) else None for key in ("MemTotal", "MemAvailable"))
+    return total, free

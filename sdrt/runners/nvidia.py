@@ -2,14 +2,18 @@
 
 import importlib
 import importlib.util
+import re
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, TypeAlias
 
-from sdrt.errors import BackendError
+from sdrt.bundle import BackendRecord
+from sdrt.errors import BackendError, BundleError
 
 LibraryName: TypeAlias = Literal["tensorrt", "tensorrt_rtx"]
 LIBRARIES: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx")
+OLDEST = (8, 0)  # compute capability of the oldest GPUs that engines run on unless they are built for another
+_ARCHITECTURE = re.compile(r"sm[0-9]{2,3}")
 INSTALL = 'pip install "sdrt[tensorrt]"'
 
 
@@ -94,6 +98,43 @@ def require_device() -> Device:
     return device
 
 
+def library_of(backend: BackendRecord) -> LibraryName:
+    """The library that a TensorRT bundle was built with. Raises BundleError."""
+    for name in LIBRARIES:
+        if name in backend.features:
+            return name
+    raise BundleError(
+        f"the bundle does not say which library it was built with, only {', '.join(backend.features) or 'nothing'}",
+        hint="rebuild it with: sdrt build … --backend tensorrt",
+    )
+
+
+def check_version(backend: BackendRecord, installed: str) -> None:
+    """Engines are of one version of their library. Raises BundleError."""
+    if _release(installed) != _release(backend.version):
+        name = library_of(backend)
+        raise BundleError(
+            f"the bundle was built with {name} {backend.version}; {installed} is installed",
+            hint=f"rebuild it with: sdrt build, or install {name} {backend.version}",
+        )
+
+
+def check_device(backend: BackendRecord, device: Device) -> None:
+    """Whether engines run on a GPU, as far as can be told before they are loaded. Raises BackendError."""
+    built_for = [name for name in (backend.device, *backend.features) if _ARCHITECTURE.fullmatch(name)]
+    if built_for and device.architecture not in built_for:
+        raise BackendError(
+            f"the bundle was built for {', '.join(built_for)}; {device.name} is {device.architecture}",
+            hint="rebuild it on this machine, or with TensorRT-RTX for every recent GPU",
+        )
+    if device.compute_capability < OLDEST and not built_for:
+        raise BackendError(
+            f"{device.name} has compute capability {'.'.join(map(str, device.compute_capability))}; engines of "
+            f"{library_of(backend)} need {'.'.join(map(str, OLDEST))} or later",
+            hint=f"rebuild it for this GPU: sdrt build … --target {device.architecture}",
+        )
+
+
 def load_cuda_runtime() -> Any:  # noqa: ANN401  (a module of generated functions)
     """cuda-python's bindings of the CUDA runtime. BackendError: not installed."""
     try:
@@ -115,6 +156,10 @@ def _checked(runtime: Any, result: tuple[Any, ...]) -> Any:  # noqa: ANN401
 
 def _name(error: Any) -> str:  # noqa: ANN401  (an enumeration of the module)
     return str(getattr(error, "name", error))
+
+
+def _release(version: str) -> tuple[str, ...]:
+    return tuple(version.split(".")[:3])
 
 
 def _version(number: int) -> str:

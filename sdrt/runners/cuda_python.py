@@ -1,0 +1,304 @@
+"""`CudaDriver` on a real GPU: CUDA's runtime through cuda-python, engines through TensorRT or TensorRT-RTX."""
+
+import ctypes
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdrt.errors import BackendError, OutputError
+from sdrt.files import write_atomically
+from sdrt.runners.cuda import EngineContext, EngineTensor, Pinned, Shapes
+from sdrt.runners.nvidia import Device, Library, LibraryName, load_cuda_runtime, load_library, require_device
+
+_VERIFY = "check the bundle with: sdrt verify"
+
+
+class CudaPython:
+    """The current GPU. kernels: the folder that keeps kernels which TensorRT-RTX compiled here, made when needed.
+
+    BackendError: the library is not installed, or there is no driver or GPU.
+    """
+
+    def __init__(self, library: LibraryName, kernels: Path) -> None:
+        self.device: Device = require_device()
+        self._library = load_library(library)
+        self._cuda = load_cuda_runtime()
+        self._kernels = kernels
+        self._logger = remembering_logger(self._library.module)
+        self._runtime = self._library.module.Runtime(self._logger)
+        self._caches: dict[Path, Any] = {}
+        self._setup = self.create_stream()
+
+    def allocate(self, size: int) -> int:
+        """See `CudaDriver`."""
+        return int(self._call("cudaMalloc", size))
+
+    def free(self, address: int) -> None:
+        """See `CudaDriver`."""
+        self._call("cudaFree", address)
+
+    def allocate_pinned(self, size: int) -> Pinned:
+        """See `CudaDriver`."""
+        address = int(self._call("cudaMallocHost", size))
+        content = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+        return Pinned(address=address, bytes=content)
+
+    def free_pinned(self, memory: Pinned) -> None:
+        """See `CudaDriver`."""
+        self._call("cudaFreeHost", memory.address)
+
+    def create_stream(self) -> int:
+        """See `CudaDriver`."""
+        return int(self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking))
+
+    def destroy_stream(self, stream: int) -> None:
+        """See `CudaDriver`."""
+        self._call("cudaStreamDestroy", stream)
+
+    def upload(self, target: int, source: int, size: int, stream: int) -> None:
+        """See `CudaDriver`."""
+        self._copy(target, source, size, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice, stream)
+
+    def download(self, target: int, source: int, size: int, stream: int) -> None:
+        """See `CudaDriver`."""
+        self._copy(target, source, size, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost, stream)
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        """See `CudaDriver`."""
+        self._copy(target, source, size, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice, stream)
+
+    def synchronize(self, stream: int) -> None:
+        """See `CudaDriver`."""
+        self._call("cudaStreamSynchronize", stream)
+
+    def begin_capture(self, stream: int) -> None:
+        """See `CudaDriver`. Other threads may use CUDA meanwhile."""
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", stream, mode)
+
+    def end_capture(self, stream: int) -> int:
+        """See `CudaDriver`."""
+        graph = self._call("cudaStreamEndCapture", stream)
+        try:
+            return int(self._call("cudaGraphInstantiate", graph, 0))
+        finally:
+            self._call("cudaGraphDestroy", graph)
+
+    def launch(self, graph: int, stream: int) -> None:
+        """See `CudaDriver`."""
+        self._call("cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: int) -> None:
+        """See `CudaDriver`."""
+        self._call("cudaGraphExecDestroy", graph)
+
+    def record_event(self, stream: int) -> int:
+        """See `CudaDriver`."""
+        event = int(self._call("cudaEventCreate"))
+        self._call("cudaEventRecord", event, stream)
+        return event
+
+    def elapsed_seconds(self, start: int, end: int) -> float:
+        """See `CudaDriver`."""
+        return float(self._call("cudaEventElapsedTime", start, end)) / 1000
+
+    def destroy_event(self, event: int) -> None:
+        """See `CudaDriver`."""
+        self._call("cudaEventDestroy", event)
+
+    def open_engine(self, path: Path) -> "TensorRtEngine":
+        """See `CudaDriver`."""
+        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise BackendError(
+                f"{self._library.name} {self._library.version} cannot load {path} on {self.device.name}: "
+                f"{self._logger.reason()}",
+                hint="rebuild the bundle on this machine with: sdrt build … --backend tensorrt",
+            )
+        cache = self._kernel_cache(path)
+        return TensorRtEngine(
+            engine=engine, library=self._library, logger=self._logger, setup=self._setup, driver=self, kernels=cache
+        )
+
+    def close(self) -> None:
+        """See `CudaDriver`."""
+        for path, cache in self._caches.items():
+            self._keep_kernels(path, cache)
+        self._caches.clear()
+        self.destroy_stream(self._setup)
+
+    def _kernel_cache(self, path: Path) -> Path | None:
+        """Where the kernels compiled for this engine, GPU and version are kept; TensorRT has none to keep."""
+        if self._library.name != "tensorrt_rtx":
+            return None
+        name = f"{path.parent.name}-{self.device.architecture}-{self._library.version}.cache"
+        return self._kernels / name
+
+    def open_kernels(self, config: Any, path: Path) -> None:  # noqa: ANN401  (TensorRT's classes)
+        """Give a runtime config the kernels that were compiled before. Unreadable ones are compiled again."""
+        if path not in self._caches:
+            cache = config.create_runtime_cache()
+            if path.is_file() and not cache.deserialize(path.read_bytes()):
+                warnings.warn(f"{path} is not readable; kernels are compiled again", stacklevel=2)
+            self._caches[path] = cache
+        config.set_runtime_cache(self._caches[path])
+
+    def _keep_kernels(self, path: Path, cache: Any) -> None:  # noqa: ANN401
+        content = cache.serialize()
+        if content is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, bytes(content), overwrite=True)
+        except (OSError, OutputError) as error:
+            warnings.warn(f"compiled kernels are not kept, the next start compiles them again: {error}", stacklevel=2)
+
+    def _copy(self, target: int, source: int, size: int, kind: Any, stream: int) -> None:  # noqa: ANN401
+        self._call("cudaMemcpyAsync", target, source, size, kind, stream)
+
+    def _call(self, name: str, *arguments: Any) -> Any:  # noqa: ANN401
+        """A function of the CUDA runtime; its first result is the error. Raises BackendError."""
+        error, *results = getattr(self._cuda, name)(*arguments)
+        if error != self._cuda.cudaError_t.cudaSuccess:
+            out_of_memory = error == self._cuda.cudaError_t.cudaErrorMemoryAllocation
+            raise BackendError(
+                f"{name} failed: {error.name}",
+                hint="ask for fewer or smaller images" if out_of_memory else "look at nvidia-smi, and run: sdrt doctor",
+            )
+        return results[0] if results else None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class TensorRtEngine:
+    """See `Engine`. setup: the stream on which contexts are prepared."""
+
+    engine: Any
+    library: Library
+    logger: Any
+    setup: int
+    driver: CudaPython
+    kernels: Path | None
+    tensors: tuple[EngineTensor, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        trt = self.library.module
+        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
+        border = [
+            EngineTensor(
+                name=name,
+                dtype=np.dtype(trt.nptype(self.engine.get_tensor_dtype(name))),
+                is_input=self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+            )
+            for name in names
+        ]
+        self.tensors = tuple(sorted(border, key=lambda tensor: not tensor.is_input))
+
+    def profile_for(self, shapes: Shapes) -> int | None:
+        """See `Engine`."""
+        for profile in range(self.engine.num_optimization_profiles):
+            if all(self._covers(name, profile, shape) for name, shape in shapes.items()):
+                return profile
+        return None
+
+    def largest_shapes(self) -> tuple[Shapes, ...]:
+        """See `Engine`."""
+        inputs = [tensor.name for tensor in self.tensors if tensor.is_input]
+        return tuple(
+            {name: tuple(self.engine.get_tensor_profile_shape(name, profile)[2]) for name in inputs}
+            for profile in range(self.engine.num_optimization_profiles)
+        )
+
+    def create_context(self, profile: int, shapes: Shapes) -> EngineContext:
+        """See `Engine`."""
+        trt = self.library.module
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self.kernels is not None:
+            # Kernels for just these shapes, compiled at the first launch: the runner captures the second.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+            self.driver.open_kernels(config, self.kernels)
+        context = self.engine.create_execution_context(config)
+        if context is None:
+            raise BackendError(
+                f"no context for an engine: {self.logger.reason()}", hint="free some memory of the GPU; see nvidia-smi"
+            )
+        ready = context.set_optimization_profile_async(profile, self.setup)
+        self.driver.synchronize(self.setup)
+        refused = [name for name, shape in shapes.items() if not context.set_input_shape(name, shape)]
+        if not ready or refused:
+            raise BackendError(f"an engine refuses the shape of {refused}: {self.logger.reason()}", hint=_VERIFY)
+        outputs = tuple(tensor.name for tensor in self.tensors if not tensor.is_input)
+        return TensorRtContext(context=context, outputs=outputs, logger=self.logger)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self.engine = None
+
+    def _covers(self, name: str, profile: int, shape: tuple[int, ...]) -> bool:
+        smallest, _, largest = self.engine.get_tensor_profile_shape(name, profile)
+        return len(shape) == len(smallest) and all(
+            low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)
+        )
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class TensorRtContext:
+    """See `EngineContext`."""
+
+    context: Any
+    outputs: tuple[str, ...]
+    logger: Any
+
+    def memory_bytes(self) -> int:
+        """See `EngineContext`."""
+        return int(self.context.update_device_memory_size_for_shapes())
+
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `EngineContext`."""
+        return {name: tuple(self.context.get_tensor_shape(name)) for name in self.outputs}
+
+    def set_memory(self, address: int, size: int) -> None:
+        """See `EngineContext`."""
+        self.context.set_device_memory(address, size)
+
+    def set_address(self, name: str, address: int) -> None:
+        """See `EngineContext`."""
+        if not self.context.set_tensor_address(name, address):
+            raise BackendError(f"an engine refuses the address of {name}: {self.logger.reason()}", hint=_VERIFY)
+
+    def enqueue(self, stream: int) -> None:
+        """See `EngineContext`."""
+        if not self.context.execute_async_v3(stream):
+            raise BackendError(f"an engine failed: {self.logger.reason()}", hint=_VERIFY)
+
+    def close(self) -> None:
+        """See `EngineContext`."""
+        self.context = None
+
+
+def remembering_logger(trt: Any) -> Any:  # noqa: ANN401  (TensorRT's classes exist once its module is loaded)
+    """A logger that prints warnings to standard error, and remembers errors to say why something failed."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:  # noqa: ANN401
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+            if severity not in (trt.ILogger.INFO, trt.ILogger.VERBOSE):
+                sys.stderr.write(f"{message}\n")
+
+        def reason(self) -> str:
+            """The first error since the last time it was asked for."""
+            first = self.errors[0] if self.errors else "TensorRT gives no reason"
+            self.errors.clear()
+            return first
+
+    return Logger()

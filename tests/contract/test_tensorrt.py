@@ -1,0 +1,171 @@
+"""TensorRT for real, as far as a machine without a GPU goes: its extra in a venv of its own, engines, the seal."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+VENV = ROOT / "build" / "venv-tensorrt"
+NO_DRIVER = "there is no NVIDIA driver; TensorRT engines need one for CUDA 13 or later"
+
+
+@pytest.fixture(scope="session")
+def python():
+    """The interpreter of a venv with the `tensorrt` extra, made once for the pinned versions."""
+    interpreter, stamp = VENV / "bin" / "python", VENV / "stamp"
+    wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in ("constraints.txt", "pyproject.toml")))
+    if not stamp.is_file() or stamp.read_text() != wanted.hexdigest():
+        shutil.rmtree(VENV, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+        quiet = ("--quiet", "--disable-pip-version-check", "--constraint", ROOT / "constraints.txt")
+        target = f"{ROOT}[tensorrt]"
+        subprocess.run([interpreter, "-m", "pip", "install", *quiet, "--editable", target], check=True)
+        stamp.write_text(wanted.hexdigest())
+    return interpreter
+
+
+def has_gpu():
+    return (
+        shutil.which("nvidia-smi") is not None and subprocess.run(["nvidia-smi"], capture_output=True).returncode == 0
+    )
+
+
+without_gpu = pytest.mark.skipif(has_gpu(), reason="this machine has an NVIDIA GPU")
+
+
+def sdrt(python, *arguments):
+    return subprocess.run([python.with_name("sdrt"), *map(str, arguments)], capture_output=True, text=True)
+
+
+def built(python, onnx_folder, target, *options):
+    done = sdrt(python, "build", onnx_folder, "--out", target, "--backend", "tensorrt", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    return json.loads((target / "bundle.json").read_text())["manifest"]
+
+
+@pytest.fixture(scope="session")
+def shapes_onnx(tmp_path_factory):
+    """The embedded model as ONNX, exported where PyTorch is."""
+    target = tmp_path_factory.mktemp("exported") / "shapes"
+    command = [sys.executable, "-m", "sdrt.export", ROOT / "models" / "shapes" / "checkpoint", target]
+    subprocess.run([*map(str, command)], check=True, capture_output=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def bundle(python, shapes_onnx, tmp_path_factory):
+    target = tmp_path_factory.mktemp("tensorrt") / "shapes.sdrt"
+    built(python, shapes_onnx, target)
+    return target
+
+
+def test_every_name_and_signature_of_nvidia_that_is_used_exists(python):
+    done = subprocess.run(
+        [python, Path(__file__).with_name("nvidia_names.py"), ROOT], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) > 100
+
+
+@without_gpu
+def test_shapes_is_built_and_sealed_ahead_of_time(bundle):
+    manifest = json.loads((bundle / "bundle.json").read_text())["manifest"]
+    assert manifest["backend"]["name"] == "tensorrt"
+    assert manifest["backend"]["features"] == ["tensorrt_rtx"]
+    assert manifest["precision"] == "fp16"
+    assert manifest["device_verified"] is False
+    assert manifest["golden"]["parity"]["measured"] >= 50
+    for component in manifest["components"]:
+        assert 0 < component["parity"]["measured"] <= component["parity"]["bound"]
+        assert component["islands"]["by_rule"]["statistics"] > 0
+        assert [Path(file["path"]).name for file in component["files"]] == ["model.engine"]
+
+
+@without_gpu
+def test_a_second_build_takes_everything_from_the_cache(python, shapes_onnx, bundle, tmp_path):
+    built(python, shapes_onnx, tmp_path / "again.sdrt")
+    for name in ("text_encoder", "step", "vae_decoder", "vae_encoder"):
+        first, second = (folder / "engines" / name / "model.engine" for folder in (bundle, tmp_path / "again.sdrt"))
+        assert first.read_bytes() == second.read_bytes()  # TensorRT does not build the same bytes twice
+
+
+@without_gpu
+@pytest.mark.parametrize("command", ["run", "verify"])
+def test_without_a_driver_the_commands_say_what_is_missing(python, bundle, tmp_path, command):
+    arguments = ["a red circle", "--out", tmp_path / "x.png"] if command == "run" else []
+    done = sdrt(python, command, bundle, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == f"error: {NO_DRIVER}"
+    assert done.stderr.splitlines()[1].startswith("hint: install NVIDIA's driver")
+    assert not (tmp_path / "x.png").exists()
+
+
+@without_gpu
+def test_inspect_tells_what_was_verified_and_what_waits(python, bundle):
+    shown = sdrt(python, "inspect", bundle).stdout
+    assert "the engines wait for a GPU" in shown
+    assert "Kept in float32" in shown
+
+
+@without_gpu
+def test_doctor_says_that_engines_can_be_built_but_not_run(python):
+    state = json.loads(sdrt(python, "doctor", "--json").stdout)["backends"]["tensorrt"]
+    assert state["works"] is False
+    assert "tensorrt_rtx 1.7.1.116 builds here" in state["text"]
+    assert NO_DRIVER in state["text"]
+
+
+def test_a_graph_that_tensorrt_cannot_read_is_an_error_that_names_the_node(python, tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        [helper.make_node("Unknowable", ["x"], ["y"], name="the_odd_one", domain="nowhere")],
+        "odd",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nowhere", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "model.onnx")
+    order = {
+        "component": "step",
+        "library": "tensorrt_rtx",
+        "onnx_path": str(tmp_path / "model.onnx"),
+        "engine_path": str(tmp_path / "model.engine"),
+        "timing_cache_path": None,
+        "profiles": [],
+        "targets": [],
+        "own_capture": True,
+        "refit": False,
+        "workspace_bytes": None,
+    }
+    (tmp_path / "order.json").write_text(json.dumps(order))
+    command = [python, "-m", "sdrt.engines.tensorrt_child", tmp_path / "order.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    error = json.loads(done.stdout.splitlines()[-1])["error"]
+    assert error["kind"] == "BuildError"
+    assert "cannot read the Unknowable the_odd_one of step" in error["message"]
+    assert not (tmp_path / "model.engine").exists()
+
+
+def test_a_target_that_does_not_exist_is_refused_with_those_that_do(python, shapes_onnx, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from dataclasses import replace\n"
+        "from sdrt.engines.tensorrt import TensorRtBuilder\n"
+        "from tests.component_source import source_of_onnx\n"
+        "from sdrt.errors import BuildError\n"
+        "builder = replace(TensorRtBuilder.find(), targets=('sm1',))\n"
+        "try: builder.build(source_of_onnx(Path(sys.argv[1])), 'fp16', Path(sys.argv[2]))\n"
+        "except BuildError as error: print(error.message, '|', error.hint)\n"
+    )
+    path = shapes_onnx / "vae_decoder" / "model.onnx"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([python, "-c", code, path, tmp_path], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "tensorrt_rtx builds for no sm1 | choose among: sm120, sm121, sm75, sm80, sm86, sm89"
