@@ -75,7 +75,7 @@ def _bundle_lines(bundle: "Bundle") -> "list[Text | str]":
     if not manifest.device_verified:
         rows.append(("verified", UNVERIFIED))
     islands = [(item.name, _islands_text(item.islands)) for item in manifest.components if item.islands is not None]
-    kept = ["", title("Kept in float32"), *facts(islands)] if islands else []
+    kept: list[Text | str] = ["", title("Kept in float32"), *facts(islands)] if islands else []
     return [title(f"{bundle.path}: a bundle"), *facts(rows), "", *parity_table(bundle), *kept]
 
 
