@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sdrt.bundle import BackendName, JsonValue, Precision, ShapeProfile
+from sdrt.progress import Progress, silent
 
 ENGINES_FOLDER = "engines"
 
@@ -69,8 +70,10 @@ class EngineBuilder(Protocol):
         """Everything about `source` but its files that changes the engine; part of the cache key."""
         ...
 
-    def build(self, source: ComponentSource, precision: Precision, folder: Path) -> Sequence[str]:
-        """Write the component's engine into the empty `folder`.
+    def build(
+        self, source: ComponentSource, precision: Precision, folder: Path, *, progress: Progress = silent
+    ) -> Sequence[str]:
+        """Write the component's engine into the empty `folder`. progress: of builds that take long.
 
         Returns the names of the files written, the one that a runner opens first.
         BuildError: the backend refuses the graph. BackendError: it is not installed. OutputError: the disk is full.

@@ -40,12 +40,16 @@ LANES_PER_IMAGE = 2  # with and without the prompt: classifier-free guidance
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """How to build: the options of `sdrt build`. `sizes=None` means around the model's own size."""
+    """How to build: the options of `sdrt build`. `sizes=None` means around the model's own size.
+
+    targets: GPU architectures that TensorRT engines are for ("sm89"); none means every recent one.
+    """
 
     backend: str = "auto"
     precision: str = "auto"
     sizes: str | None = None
     batch: str = "1..4"
+    targets: tuple[str, ...] = ()
     threads: int | None = None
     overwrite: bool = False
 
@@ -68,7 +72,7 @@ def build_bundle(onnx_folder: Path, out: Path, options: BuildOptions, progress: 
 
 def _build(onnx_folder: Path, out: Path, options: BuildOptions, progress: Progress) -> Manifest:
     check_replaceable(out, mark="bundle.json", overwrite=options.overwrite)
-    builder = choose_builder(options.backend)
+    builder = choose_builder(options.backend, options.targets)
     precision = choose_precision(options.precision, builder)
     folder = read_onnx_folder(onnx_folder)
     profile = parse_profile(
@@ -153,7 +157,7 @@ def _make_components(
     components = []
     for done, source in enumerate(sources):
         progress("engines", done, len(sources))
-        components.append(make_component(builder, source, precision, staged, store))
+        components.append(make_component(builder, source, precision, staged, store, progress))
     progress("engines", len(sources), len(sources))
     return components
 

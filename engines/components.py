@@ -14,6 +14,7 @@ from sdrt.engines.base import ENGINES_FOLDER, ComponentSource, EngineBuilder
 from sdrt.engines.onnx_files import external_files, lend_file, load_graph
 from sdrt.engines.step_graph import COMPOSER_VERSION, compose_step_graph
 from sdrt.errors import BuildError
+from sdrt.progress import Progress, silent
 from sdrt.runners.base import STEP
 
 _RECORD_NAME = "component.json"
@@ -38,7 +39,12 @@ class _Kept(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def make_component(
-    builder: EngineBuilder, source: ComponentSource, precision: Precision, staged: Path, store: Store
+    builder: EngineBuilder,
+    source: ComponentSource,
+    precision: Precision,
+    staged: Path,
+    store: Store,
+    progress: Progress = silent,
 ) -> BuiltComponent:
     """Put the component's engine into the staged bundle, from the cache if it is there.
 
@@ -50,7 +56,7 @@ def make_component(
     weights = external_files(model, source.onnx_path)
     key = _component_key(builder, source, precision, [source.onnx_path, *weights], store)
     if not store.fetch(key, folder):
-        built = build_component(builder, source, precision, staged)
+        built = build_component(builder, source, precision, staged, progress)
         kept = _Kept(files=built.files, inputs=built.inputs, outputs=built.outputs)
         (folder / _RECORD_NAME).write_bytes(msgspec.json.encode(kept))
         store.keep(key, folder)
@@ -80,14 +86,18 @@ def _component_key(
 
 
 def build_component(
-    builder: EngineBuilder, source: ComponentSource, precision: Precision, staged: Path
+    builder: EngineBuilder,
+    source: ComponentSource,
+    precision: Precision,
+    staged: Path,
+    progress: Progress = silent,
 ) -> ComponentRecord:
     """Build the component's engine in the staged bundle; its parity is still to be measured."""
     folder = staged / ENGINES_FOLDER / source.name
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=staged, prefix=".work.") as work:
         source = replace(source, onnx_path=place_composed(source, Path(work)), composed=True)
-        names = builder.build(source, precision, folder)
+        names = builder.build(source, precision, folder, progress=progress)
         model = load_graph(source.onnx_path)
     files = tuple(record_file(staged, folder / name) for name in names)
     return _record(source.name, files, input_specs(model), tuple(_spec(value) for value in model.graph.output))

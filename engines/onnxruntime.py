@@ -9,6 +9,7 @@ from sdrt.bundle import BackendName, JsonValue, Precision
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.onnx_files import MODEL_NAME, external_files, lend_file, load_graph, place_file
 from sdrt.errors import BackendError
+from sdrt.progress import Progress, silent
 from sdrt.runners.base import STEP
 
 
@@ -44,7 +45,9 @@ class OnnxRuntimeBuilder:
         """Only the step graph is made here, for a number of state slots; see `EngineBuilder.settings`."""
         return {"state_slots": source.state_slots} if source.name == STEP else {}
 
-    def build(self, source: ComponentSource, precision: Precision, folder: Path) -> Sequence[str]:
+    def build(
+        self, source: ComponentSource, precision: Precision, folder: Path, *, progress: Progress = silent
+    ) -> Sequence[str]:
         """Write model.onnx and its weights as real files; see `EngineBuilder.build`."""
         place = lend_file if self.lend else place_file
         place(source.onnx_path, folder / MODEL_NAME)

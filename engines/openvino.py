@@ -14,6 +14,7 @@ from sdrt.bundle import BackendName, JsonValue, Precision
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.step_graph import PREFIX, TIMESTEP
 from sdrt.errors import BackendError, BuildError, OutputError
+from sdrt.progress import Progress, silent
 from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ class OpenVinoBuilder:
         """The sizes that are fixed in the engines; see `EngineBuilder.settings`."""
         return {name: list(sizes) for name, sizes in _dimensions(source).items()}
 
-    def build(self, source: ComponentSource, precision: Precision, folder: Path) -> Sequence[str]:
+    def build(
+        self, source: ComponentSource, precision: Precision, folder: Path, *, progress: Progress = silent
+    ) -> Sequence[str]:
         """Write model.xml and model.bin; see `EngineBuilder.build`."""
         openvino = _openvino()
         try:

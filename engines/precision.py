@@ -6,40 +6,48 @@ from types import MappingProxyType
 from sdrt.bundle import Precision
 from sdrt.engines.base import EngineBuilder
 from sdrt.errors import BuildError, RequestError
+from sdrt.runners.nvidia import ARCHITECTURE
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8")
 
 
-def _openvino() -> EngineBuilder:
+def _openvino(_: tuple[str, ...]) -> EngineBuilder:
     from sdrt.engines.openvino import OpenVinoBuilder
 
     return OpenVinoBuilder()
 
 
-def _onnxruntime() -> EngineBuilder:
+def _onnxruntime(_: tuple[str, ...]) -> EngineBuilder:
     from sdrt.engines.onnxruntime import OnnxRuntimeBuilder
 
     return OnnxRuntimeBuilder()
 
 
-def _tensorrt() -> EngineBuilder:
+def _tensorrt(targets: tuple[str, ...]) -> EngineBuilder:
     from sdrt.engines.tensorrt import TensorRtBuilder
 
-    return TensorRtBuilder.find()
+    return TensorRtBuilder.find(targets)
 
 
-_BUILDERS: Mapping[str, Callable[[], EngineBuilder]] = MappingProxyType(
+_BUILDERS: Mapping[str, Callable[[tuple[str, ...]], EngineBuilder]] = MappingProxyType(
     {"openvino": _openvino, "onnxruntime": _onnxruntime, "tensorrt": _tensorrt}
 )
 BACKENDS = tuple(_BUILDERS)
 
 
-def choose_builder(backend: str) -> EngineBuilder:
-    """The builder of a backend; "auto" is OpenVINO. RequestError: no such backend."""
+def choose_builder(backend: str, targets: tuple[str, ...] = ()) -> EngineBuilder:
+    """The builder of a backend; "auto" is OpenVINO. RequestError: no such backend, or it has no such targets.
+
+    targets: GPU architectures, for TensorRT only.
+    """
     name = "openvino" if backend == "auto" else backend
     if name not in _BUILDERS:
         raise RequestError(f"there is no backend {backend!r}", hint=f"choose one of: auto, {', '.join(BACKENDS)}")
-    return _BUILDERS[name]()
+    if targets and name != "tensorrt":
+        raise RequestError(f"{name} builds for no GPU architecture", hint="leave --target out, or --backend tensorrt")
+    if wrong := [target for target in targets if not ARCHITECTURE.fullmatch(target)]:
+        raise RequestError(f"--target {wrong[0]!r} is no GPU architecture", hint='write it as compilers do: "sm89"')
+    return _BUILDERS[name](tuple(sorted(set(targets))))
 
 
 def choose_precision(precision: str, builder: EngineBuilder) -> Precision:

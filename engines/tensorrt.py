@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -40,14 +40,13 @@ class TensorRtBuilder:
     targets: tuple[str, ...] = ()
     refit: bool = False
     workspace_bytes: int | None = None
-    progress: Progress = field(default=silent)
     name: ClassVar[BackendName] = "tensorrt"
     precisions: ClassVar[tuple[Precision, ...]] = ("fp16",)
 
     @classmethod
-    def find(cls) -> "TensorRtBuilder":
+    def find(cls, targets: tuple[str, ...] = ()) -> "TensorRtBuilder":
         """With the library and the GPU of this machine. BackendError: no library that can build here."""
-        return cls(library=load_library(), gpu=find_device())
+        return cls(library=load_library(), gpu=find_device(), targets=targets)
 
     @property
     def version(self) -> str:
@@ -79,7 +78,9 @@ class TensorRtBuilder:
             "workspace_bytes": self.workspace_bytes,
         }
 
-    def build(self, source: ComponentSource, precision: Precision, folder: Path) -> Sequence[str]:
+    def build(
+        self, source: ComponentSource, precision: Precision, folder: Path, *, progress: Progress = silent
+    ) -> Sequence[str]:
         """Write model.engine; see `EngineBuilder.build`. BuildError: too little memory, before the build or in it."""
         if self.refit and self.gpu is None:
             raise BuildError(
@@ -103,7 +104,7 @@ class TensorRtBuilder:
         with tempfile.TemporaryDirectory(prefix="sdrt-order-") as work:
             path = Path(work) / "order.json"
             path.write_bytes(msgspec.json.encode(order))
-            run_child(CHILD, [str(path)], self.progress, hint_if_absent=INSTALL)
+            run_child(CHILD, [str(path)], progress, hint_if_absent=INSTALL)
         return (ENGINE_NAME,)
 
     def _timing_cache(self) -> str | None:

@@ -43,9 +43,9 @@ def count_builds(monkeypatch):
     built = []
     original = OpenVinoBuilder.build
 
-    def counted(self, source, precision, folder):
+    def counted(self, source, precision, folder, **options):
         built.append(source.name)
-        return original(self, source, precision, folder)
+        return original(self, source, precision, folder, **options)
 
     monkeypatch.setattr(OpenVinoBuilder, "build", counted)
     return built

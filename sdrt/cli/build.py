@@ -65,6 +65,12 @@ def build(
             "--threads", "--jobs", min=1, metavar="N", help="CPU threads. Default: every core.", show_default=False
         ),
     ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SM", help="For tensorrt: a GPU architecture (sm89), again for more. Default: every recent one."
+        ),
+    ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -72,6 +78,7 @@ def build(
     began = time.monotonic()
     flags = ["--backend", backend, "--precision", precision, "--batch", batch]
     flags += [] if sizes is None else ["--sizes", sizes]
+    flags += [part for each in target or () for part in ("--target", each)]
     with progress_bar() as progress:
         bundle, peak_bytes = build_bundle(
             model, out, flags, sizes=sizes, threads=threads, force=force, progress=progress

@@ -13,7 +13,7 @@ from sdrt.errors import BackendError, BundleError
 LibraryName: TypeAlias = Literal["tensorrt", "tensorrt_rtx"]
 LIBRARIES: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx")
 OLDEST = (8, 0)  # compute capability of the oldest GPUs that engines run on unless they are built for another
-_ARCHITECTURE = re.compile(r"sm[0-9]{2,3}")
+ARCHITECTURE = re.compile(r"sm[0-9]{2,3}")
 INSTALL = 'pip install "sdrt[tensorrt]"'
 
 
@@ -121,7 +121,7 @@ def check_version(backend: BackendRecord, installed: str) -> None:
 
 def check_device(backend: BackendRecord, device: Device) -> None:
     """Whether engines run on a GPU, as far as can be told before they are loaded. Raises BackendError."""
-    built_for = [name for name in (backend.device, *backend.features) if _ARCHITECTURE.fullmatch(name)]
+    built_for = [name for name in (backend.device, *backend.features) if ARCHITECTURE.fullmatch(name)]
     if built_for and device.architecture not in built_for:
         raise BackendError(
             f"the bundle was built for {', '.join(built_for)}; {device.name} is {device.architecture}",
