@@ -8,7 +8,7 @@ TREE := build/tree
 THREADS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format train-shapes score-shapes bench-sd15 clean
+.PHONY: help setup demo test check format train-shapes score-shapes bench-sd15 bench-sd15-aot clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -55,6 +55,10 @@ score-shapes: $(STAMP)  ## does the embedded model draw what its captions say? 5
 bench-sd15: $(STAMP)  ## SD1.5 architecture, random weights, 512x512, against PyTorch and OpenVINO GenAI
 	mkdir -p benchmarks/results
 	$(BIN)/sdrt bench --suite sd15 --out benchmarks/results/sd15 --threads $(THREADS) --force
+
+bench-sd15-aot: $(STAMP)  ## TensorRT engines at SD1.5's size, built without a GPU: time, memory, parity
+	mkdir -p benchmarks/results build
+	$(BIN)/python -m sdrt.benchmarks.ahead_of_time --work build/sd15 --tensorrt build/venv-tensorrt --out benchmarks/results/sd15-ahead-of-time.json
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache

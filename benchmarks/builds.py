@@ -1,6 +1,8 @@
 """Making what a suite needs, with the command lines a user has, timed as whole processes."""
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -53,6 +55,24 @@ def ensure_peers(python: Path) -> None:
     except BaseException:
         python.unlink()  # so that the next run does not take a half-made environment for a whole one
         raise
+
+
+def ensure_tensorrt(folder: Path) -> Path:
+    """The interpreter of a venv with the `tensorrt` extra, made anew when the pinned versions have changed.
+
+    A venv of its own: what builds for NVIDIA needs neither PyTorch nor a GPU. Raises BuildError.
+    """
+    root = Path(__file__).resolve().parents[1]
+    pins = [root / "constraints.txt", root / "pyproject.toml"]
+    wanted = hashlib.sha256(b"".join(file.read_bytes() for file in pins)).hexdigest()
+    interpreter, stamp = folder.absolute() / "bin" / "python", folder / "stamp"
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        run_timed([sys.executable, "-m", "venv", str(folder)])
+        quiet = ["--quiet", "--disable-pip-version-check", "--constraint", str(pins[0])]
+        run_timed([str(interpreter), "-m", "pip", "install", *quiet, "--editable", f"{root}[tensorrt]"])
+        stamp.write_text(wanted)
+    return interpreter
 
 
 def run_timed(command: list[str], *, environment: Mapping[str, str] | None = None) -> Built:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from sdrt.benchmarks.builds import ensure_tensorrt
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 DOCUMENTS += [ROOT / "models" / "shapes" / "README.md"]
@@ -46,11 +48,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory, shapes_bundle: Path) -> Path:
     return folder
 
 
-def run_in(folder: Path, command: list[str] | str) -> subprocess.CompletedProcess[str]:
+def run_in(folder: Path, command: list[str] | str, **variables: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     import os
 
-    environment = os.environ | {"PATH": path}
+    environment = os.environ | {"PATH": path} | variables
     shell = isinstance(command, str)
     return subprocess.run(command, cwd=folder, shell=shell, capture_output=True, text=True, env=environment)
 
@@ -72,8 +74,14 @@ def test_shell_lines_run(desk):
             continue
         else:
             assert line.startswith("sdrt "), f"{name}: this test does not know how to run {line!r}"
-            done = run_in(desk, line)
+            done = run_in(desk, line, **(with_tensorrt() if "-gpu" in line else {}))
         assert done.returncode == 0, f"{name}: {line}\n{done.stdout}\n{done.stderr}"
+
+
+def with_tensorrt() -> dict[str, str]:
+    """What the `tensorrt` extra adds, taken from the venv that has it."""
+    (packages,) = ensure_tensorrt(ROOT / "build" / "venv-tensorrt").parents[1].glob("lib/python*/site-packages")
+    return {"PYTHONPATH": str(packages)}
 
 
 def check_install(name: str, line: str) -> None:

@@ -1,6 +1,5 @@
 """TensorRT for real, as far as a machine without a GPU goes: its extra in a venv of its own, engines, the seal."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sdrt.benchmarks.builds import ensure_tensorrt
+
 ROOT = Path(__file__).parents[2]
 VENV = ROOT / "build" / "venv-tensorrt"
 NO_DRIVER = "there is no NVIDIA driver; TensorRT engines need one for CUDA 13 or later"
@@ -17,17 +18,8 @@ NO_DRIVER = "there is no NVIDIA driver; TensorRT engines need one for CUDA 13 or
 
 @pytest.fixture(scope="session")
 def python():
-    """The interpreter of a venv with the `tensorrt` extra, made once for the pinned versions."""
-    interpreter, stamp = VENV / "bin" / "python", VENV / "stamp"
-    wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in ("constraints.txt", "pyproject.toml")))
-    if not stamp.is_file() or stamp.read_text() != wanted.hexdigest():
-        shutil.rmtree(VENV, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
-        quiet = ("--quiet", "--disable-pip-version-check", "--constraint", ROOT / "constraints.txt")
-        target = f"{ROOT}[tensorrt]"
-        subprocess.run([interpreter, "-m", "pip", "install", *quiet, "--editable", target], check=True)
-        stamp.write_text(wanted.hexdigest())
-    return interpreter
+    """The interpreter of a venv with the `tensorrt` extra; it is kept between runs."""
+    return ensure_tensorrt(VENV)
 
 
 def has_gpu():
