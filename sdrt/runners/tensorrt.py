@@ -101,7 +101,7 @@ class TensorRtRunner:
             border = self._border(component)
             prepared = self._prepare(component, border, {name: array.shape for name, array in ready.items()})
             for name, array in ready.items():
-                border.pinned[name].bytes[: array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+                np.copyto(_typed(border.pinned[name], array.dtype, array.shape), array)
             self._evaluate(border, prepared)
             self._driver.synchronize(self._state.stream)
             return {name: self._result(border, name, shape) for name, shape in prepared.outputs.items()}
@@ -248,9 +248,13 @@ class TensorRtRunner:
         prepared.context.close()
 
     def _result(self, border: _Border, name: str, shape: tuple[int, ...]) -> FloatArray:
-        dtype = _dtype(border.engine, name)
-        content = border.pinned[name].bytes[: _bytes(shape, dtype)]
-        return np.array(content.view(dtype).reshape(shape), np.float32)
+        return np.array(_typed(border.pinned[name], _dtype(border.engine, name), shape), np.float32)
+
+
+def _typed(memory: Pinned, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> Array:
+    """The beginning of `memory` as an array."""
+    array: Array = memory.bytes[: _bytes(shape, dtype)].view(dtype).reshape(shape)
+    return array
 
 
 def _dtype(engine: Engine, name: str) -> np.dtype[np.generic]:
