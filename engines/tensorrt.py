@@ -25,6 +25,7 @@ ENGINE_NAME = "model.engine"
 CHILD = "sdrt.engines.tensorrt_child"
 # Measured while building SD1.5's UNet of 1.72 GB without a GPU: 6.1 GB at the most.
 MEMORY_PER_WEIGHT = 3.5
+GRACE_SECONDS = 2.0  # TensorRT does not hear a signal in the middle of a phase, and the build's own end must not wait
 MEMORY_BESIDE = 2**29  # bytes, for the library itself and small graphs
 
 
@@ -104,7 +105,7 @@ class TensorRtBuilder:
         with tempfile.TemporaryDirectory(prefix="sdrt-order-") as work:
             path = Path(work) / "order.json"
             path.write_bytes(msgspec.json.encode(order))
-            run_child(CHILD, [str(path)], progress, hint_if_absent=INSTALL)
+            run_child(CHILD, [str(path)], progress, hint_if_absent=INSTALL, grace_seconds=GRACE_SECONDS)
         return (ENGINE_NAME,)
 
     def _timing_cache(self) -> str | None:

@@ -76,9 +76,12 @@ def run_child(
     *,
     log: Path | None = None,
     hint_if_absent: str = 'pip install "sdrt[export]"',
+    grace_seconds: float = _GRACE_SECONDS,
 ) -> JsonValue:
     """Run `python -m module arguments…` that speaks the protocol, and return its result.
 
+    grace_seconds: how long it may take to end when it is stopped, then it is killed. A child that is itself stopped by
+    a parent needs less than that parent gives.
     Its standard error goes to the file `log`, else is kept for the message of an unexpected death.
     Raises the SdrtError that the child reports. Ctrl-C stops the child and raises Cancelled.
     """
@@ -94,7 +97,7 @@ def run_child(
             outcome = _follow(child, progress)
             child.wait()
         except BaseException as error:
-            _stop(child)
+            _stop(child, grace_seconds)
             if isinstance(error, KeyboardInterrupt):
                 raise Cancelled("cancelled", hint="nothing was left behind; run the command again") from None
             raise
@@ -130,10 +133,10 @@ def _message(line: str) -> dict[str, Any]:
     return message if isinstance(message, dict) else {}
 
 
-def _stop(child: subprocess.Popen[str]) -> None:
+def _stop(child: subprocess.Popen[str], grace_seconds: float) -> None:
     child.terminate()
     try:
-        child.wait(_GRACE_SECONDS)
+        child.wait(grace_seconds)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()

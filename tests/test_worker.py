@@ -117,5 +117,22 @@ def test_ctrl_c_stops_the_child_and_lets_it_clean_up(stage, tmp_path):
         os.kill(pids[0], signal.SIG_DFL)
 
 
+def test_a_child_that_does_not_end_when_it_is_stopped_is_killed(stage, tmp_path):
+    mark = tmp_path / "pid"
+    body = (
+        "import os, signal, time\nfrom pathlib import Path\n"
+        f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nPath({str(mark)!r}).write_text(str(os.getpid()))\n"
+        "progress('working', 0, 1)\ntime.sleep(600)"
+    )
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(errors.Cancelled):
+        run_child(stage(body), [], interrupt, grace_seconds=0.1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), signal.SIG_DFL)
+
+
 def test_the_interpreter_is_the_same(stage):
     assert Path(str(run_child(stage("return sys.executable"), []))) == Path(sys.executable)
