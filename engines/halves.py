@@ -18,6 +18,7 @@ from sdrt.engines.base import ComponentSource
 from sdrt.engines.components import place_composed
 from sdrt.engines.half.convert import CONVERTER_VERSION, HalfReport, convert_to_half
 from sdrt.engines.half.emulation import emulate_half
+from sdrt.engines.memory import check_memory
 from sdrt.engines.onnx_files import MODEL_NAME, external_files, load_graph
 from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder
 from sdrt.engines.seal import step_feeds
@@ -64,7 +65,7 @@ def make_mixed_graph(
     """Put the component's mixed graph and its emulation into `work`, from the cache if they are there.
 
     inputs: the component's golden inputs, to calibrate with.
-    BuildError: the graph cannot be converted, or gives NaN or infinity in float32 already.
+    BuildError: the graph cannot be converted, gives NaN or infinity in float32 already, or needs too much memory.
     """
     target = work / source.name
     target.mkdir(parents=True)
@@ -84,6 +85,7 @@ def make_mixed_graph(
         files=[[file.name, store.sha256(file)] for file in (source.onnx_path, *weights)],
     )
     if not store.fetch(key, target):
+        check_memory(f"the FP16 graph of {source.name}", sum(file.stat().st_size for file in weights))
         with tempfile.TemporaryDirectory(dir=work, prefix=".composed.") as composed:
             path = place_composed(source, Path(composed))
             report = convert_to_half(

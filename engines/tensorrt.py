@@ -12,21 +12,18 @@ from sdrt.bundle import BackendName, JsonValue, Precision
 from sdrt.cache import default_cache_root
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.components import input_specs
+from sdrt.engines.memory import check_memory
 from sdrt.engines.onnx_files import external_files, load_graph
 from sdrt.engines.optimization import optimization_profiles
 from sdrt.engines.tensorrt_child import Order
 from sdrt.errors import BuildError
 from sdrt.progress import Progress, silent
-from sdrt.runners.cpu import MEMINFO, memory_bytes
 from sdrt.runners.nvidia import INSTALL, Device, Library, find_device, load_library
 from sdrt.worker import run_child
 
 ENGINE_NAME = "model.engine"
 CHILD = "sdrt.engines.tensorrt_child"
-# Measured while building SD1.5's UNet of 1.72 GB without a GPU: 6.1 GB at the most.
-MEMORY_PER_WEIGHT = 3.5
 GRACE_SECONDS = 2.0  # TensorRT does not hear a signal in the middle of a phase, and the build's own end must not wait
-MEMORY_BESIDE = 2**29  # bytes, for the library itself and small graphs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +86,9 @@ class TensorRtBuilder:
                 hint="build it there, or without refitting",
             )
         model = load_graph(source.onnx_path)
-        check_memory(source.name, sum(file.stat().st_size for file in external_files(model, source.onnx_path)))
+        check_memory(
+            f"building {source.name}", sum(file.stat().st_size for file in external_files(model, source.onnx_path))
+        )
         order = Order(
             component=source.name,
             library=self.library.name,
@@ -115,14 +114,3 @@ class TensorRtBuilder:
         folder = default_cache_root() / "timing"
         folder.mkdir(parents=True, exist_ok=True)
         return str(folder / f"{self.library.name}-{self.library.version}-{self.gpu.architecture}.cache")
-
-
-def check_memory(component: str, weight_bytes: int, *, meminfo: Path = MEMINFO) -> None:
-    """Refuse a build that this machine has no memory for. BuildError, with both figures."""
-    needed = int(weight_bytes * MEMORY_PER_WEIGHT) + MEMORY_BESIDE
-    _, available = memory_bytes(meminfo)
-    if available is not None and available < needed:
-        raise BuildError(
-            f"building {component} takes about {needed / 2**30:.1f} GiB of memory; {available / 2**30:.1f} are free",
-            hint="close other programs, or build on a larger machine: the bundle can be copied",
-        )
