@@ -8,7 +8,7 @@ TREE := build/tree
 THREADS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format train-shapes score-shapes bench-sd15 bench-sd15-aot clean
+.PHONY: help setup demo test check format kernels train-shapes score-shapes bench-sd15 bench-sd15-aot clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -39,6 +39,11 @@ check: $(STAMP)  ## lint, format, types, import contracts
 	for folder in export engines benchmarks models; do cp -as $(CURDIR)/$$folder $(TREE)/sdrt/$$folder; done
 	cd $(TREE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p sdrt
 	cd $(TREE) && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
+
+kernels:  ## compile the GPU kernels of the runtime again, after a change to them
+	$(PYTHON) -m venv build/venv-kernels
+	build/venv-kernels/bin/pip install --quiet --disable-pip-version-check cuda-bindings==13.5.0 nvidia-cuda-nvrtc==13.5.37
+	build/venv-kernels/bin/python tests/contract/compile_kernels.py
 
 format: $(STAMP)  ## let ruff put the code in shape
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,8 @@
 """Step-level continuous batching: many callers, one running batch that requests join and leave at any step.
 
-State is what `_Active` holds, policy is `admit` and `choose_size`, execution is the pipeline's; the worker thread is
-the only one that computes. Its turn is: let requests leave and join, one step for one size, one image decoded.
+State is what `_Active` and the step batches hold, policy is `admit` and `choose_size`, execution is the pipeline's; the
+worker thread is the only one that computes. Its turn is: let requests leave and join, one step for one size, one image
+decoded.
 """
 
 import threading
@@ -15,10 +16,11 @@ from typing import Literal, Self
 
 from PIL import Image
 
-from sdrt.denoiser import step_trajectories
 from sdrt.errors import BackendError, BusyError, Cancelled, RequestError
 from sdrt.pipeline import Pipeline, Prepared, Result
 from sdrt.request import Request, ResolvedRequest
+from sdrt.step_batch import Faults, StepBatch, open_batch
+from sdrt.trajectory import Trajectory
 
 TicketState = Literal["queued", "running", "done", "failed", "cancelled"]
 Size = tuple[int, int]
@@ -153,6 +155,7 @@ class Batcher:
         self._closing = self._stopping = False
         self._joining: Ticket | None = None
         self._last_size: Size | None = None
+        self._batches: dict[Size, StepBatch] = {}
         self._steps = self._stepped = 0
         self._outcomes = {"done": 0, "failed": 0, "cancelled": 0}
         self._worker = threading.Thread(target=self._work, name="sdrt-batcher", daemon=True)
@@ -221,6 +224,7 @@ class Batcher:
                 self._step()
                 self._decode()
         finally:
+            self._close_batches()
             self._abandon()
 
     def _has_work(self) -> bool:
@@ -279,26 +283,62 @@ class Batcher:
     def _step(self) -> None:
         stepping = [item for item in self._active if not item.finished]
         if not stepping:
+            self._close_batches()
             return
         self._last_size = choose_size([item.size for item in stepping], self._last_size)
         group = [item for item in stepping if item.size == self._last_size]
-        trajectories = [trajectory for item in group for trajectory in item.prepared.trajectories]
-        began = time.perf_counter()
         try:
-            faults = step_trajectories(self._pipeline.runner, trajectories)
+            batch = self._batch(self._last_size, [path for item in group for path in item.prepared.trajectories])
+            if batch is None:
+                return
+            self._note(batch, batch.advance())
         except Exception as error:  # the backend failed: these requests fail, the worker lives on
             for item in group:
-                self._leave(item, error)
+                if item in self._active:
+                    self._leave(item, error)
+            self._drop_batch(self._last_size)
             return
-        elapsed = time.perf_counter() - began
         with self._changed:
             self._steps += 1
-            self._stepped += len(trajectories)
-        for item in group:
-            item.step_seconds.append(elapsed)
+            self._stepped += len(batch.trajectories)
+
+    def _batch(self, size: Size, trajectories: Sequence[Trajectory]) -> StepBatch | None:
+        """The batch of exactly these trajectories: the one that runs already, or a new one after the last is collected.
+
+        None when that collection found a trajectory at fault: its request has left, so the group is another now.
+        """
+        batch = self._batches.get(size)
+        if batch is not None:
+            if list(batch.trajectories) == list(trajectories):
+                return batch
+            faults = batch.collect()
+            self._note(batch, faults)
+            self._drop_batch(size)
+            if faults:
+                return None
+        self._batches[size] = open_batch(self._pipeline.runner, trajectories)
+        return self._batches[size]
+
+    def _note(self, batch: StepBatch, faults: Faults) -> None:
+        """Give the batch's requests the times of their steps, and let those at fault leave."""
+        seconds = batch.take_seconds()
+        members = set(batch.trajectories)
+        for item in list(self._active):
+            if members.isdisjoint(item.prepared.trajectories):
+                continue
+            item.step_seconds.extend(seconds)
             fault = next((faults[path] for path in item.prepared.trajectories if path in faults), None)
             if fault is not None:
                 self._leave(item, fault)
+
+    def _drop_batch(self, size: Size) -> None:
+        batch = self._batches.pop(size, None)
+        if batch is not None:
+            batch.close()
+
+    def _close_batches(self) -> None:
+        for size in list(self._batches):
+            self._drop_batch(size)
 
     def _decode(self) -> None:
         """Decode one image, so that those which are still being denoised wait for no more than that."""

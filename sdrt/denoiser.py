@@ -31,7 +31,7 @@ def step_trajectories(
     for trajectory, state in zip(trajectories, states, strict=True):
         if all(finite):
             trajectory.advance(state)
-    return {} if all(finite) else {trajectories[0]: _not_finite(trajectories[0])}
+    return {} if all(finite) else {trajectories[0]: not_finite(trajectories[0])}
 
 
 def run_step(runner: Runner, trajectories: Sequence[Trajectory], *, sizes: tuple[int, ...]) -> list[FloatArray]:
@@ -42,26 +42,38 @@ def run_step(runner: Runner, trajectories: Sequence[Trajectory], *, sizes: tuple
 
 def step_inputs(trajectories: Sequence[Trajectory], *, sizes: tuple[int, ...] = NO_SIZES) -> dict[str, Array]:
     """The step graph's inputs (see docs/architecture.md), padded with inert requests and lanes up to `sizes`."""
-    slots = trajectories[0].state.shape[0]
-    lane_request = [index for index, item in enumerate(trajectories) for _ in item.lanes]
-    lanes = [lane for item in trajectories for lane in item.lanes]
-    requests, lane_count = len(trajectories), len(lanes)
-    guidance = np.zeros((requests, lane_count), np.float32)
-    for column, (index, lane) in enumerate(zip(lane_request, lanes, strict=True)):
-        guidance[index, column] = lane.weight
-    rows = [(item.plan, item.row) for item in trajectories]
-    exact: dict[str, Array] = {
-        "state": np.stack([item.state for item in trajectories]),
-        "input_scale": np.array([plan.input_scales[row] for plan, row in rows], np.float32),
-        "lane_request": np.array(lane_request, np.int64),
-        "timestep": np.array([rows[index][0].timesteps[rows[index][1]] for index in lane_request], np.float32),
-        "prompt_embeds": np.stack([lane.prompt_embeds for lane in lanes]),
-        "guidance": guidance,
-        "transition": np.stack([plan.padded_transition(row, slots) for plan, row in rows]),
-        "noise": np.stack([item.noise() for item in trajectories]),
-    }
+    exact = lasting_inputs(trajectories)
+    exact |= {name: rows[0] for name, rows in row_inputs(trajectories, 1).items()}
+    exact["noise"] = np.stack([item.noise() for item in trajectories])
+    requests, lane_count = len(trajectories), len(exact["lane_request"])
     padded = (next_size(requests, sizes), next_size(lane_count, sizes))
     return exact if padded == (requests, lane_count) else _padded(exact, *padded)
+
+
+def lasting_inputs(trajectories: Sequence[Trajectory]) -> dict[str, Array]:
+    """The step graph's inputs that are the same in every row, and the state as it is now."""
+    lane_request = [index for index, item in enumerate(trajectories) for _ in item.lanes]
+    lanes = [lane for item in trajectories for lane in item.lanes]
+    guidance = np.zeros((len(trajectories), len(lanes)), np.float32)
+    guidance[lane_request, range(len(lanes))] = [lane.weight for lane in lanes]
+    return {
+        "state": np.stack([item.state for item in trajectories]),
+        "lane_request": np.array(lane_request, np.int64),
+        "prompt_embeds": np.stack([lane.prompt_embeds for lane in lanes]),
+        "guidance": guidance,
+    }
+
+
+def row_inputs(trajectories: Sequence[Trajectory], rows: int) -> dict[str, Array]:
+    """The step graph's inputs that each row has its own of, for the next rows: each array [rows, …]."""
+    slots = trajectories[0].state.shape[0]
+    spans = [(item.plan, slice(item.row, item.row + rows)) for item in trajectories]
+    per_lane = [pair for pair, item in zip(spans, trajectories, strict=True) for _ in item.lanes]
+    return {
+        "input_scale": np.stack([plan.input_scales[span] for plan, span in spans], axis=1).astype(np.float32),
+        "timestep": np.stack([plan.timesteps[span] for plan, span in per_lane], axis=1).astype(np.float32),
+        "transition": np.stack([plan.padded_transitions(span, slots) for plan, span in spans], axis=1),
+    }
 
 
 def next_size(count: int, sizes: tuple[int, ...]) -> int:
@@ -86,8 +98,11 @@ def _padded(exact: dict[str, Array], requests: int, lanes: int) -> dict[str, Arr
     return padded
 
 
-def _not_finite(trajectory: Trajectory) -> ParityError:
+def not_finite(trajectory: Trajectory, rows: int = 1) -> ParityError:
+    """The error of a trajectory whose state is not finite after its next `rows` rows."""
+    first, last = trajectory.row + 1, trajectory.row + rows
+    where = f"step {first}" if rows == 1 else f"one of the steps {first} to {last}"
     return ParityError(
-        f"step {trajectory.row + 1} of {len(trajectory.plan)} gave NaN or infinity",
+        f"{where} of {len(trajectory.plan)} gave NaN or infinity",
         hint="build the bundle again with --precision fp32, or ask for a lower guidance_scale",
     )

@@ -1,14 +1,32 @@
-"""Random numbers: the stream of `torch.randn` on the CPU, made with numpy alone."""
+"""Random numbers: the streams of PyTorch's generators by name, and the CPU's, made with numpy alone."""
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from sdrt.errors import RequestError
+from sdrt.philox import PhiloxDraw, PhiloxGenerator
 
 _BLOCK = 16  # the reference fills in blocks of 16: 8 radii, then 8 angles
 _SEED_LIMIT = 2**64
+
+
+GeneratorName = Literal["cpu", "cuda"]
+
+
+class Generator(Protocol):
+    """A stream of standard normal numbers. Not thread-safe."""
+
+    def randn(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """The next numbers: float32 [*shape]."""
+        ...
+
+    def row_noise(self, shape: tuple[int, ...]) -> "npt.NDArray[np.float32] | PhiloxDraw":
+        """The next numbers of a row's noise: float32 [*shape], or where a device can make them too, their recipe."""
+        ...
 
 
 class TorchGenerator:
@@ -31,6 +49,10 @@ class TorchGenerator:
         count = math.prod(shape)
         values = self._one_by_one(count) if count < _BLOCK else self._in_blocks(count)
         return values.reshape(shape)
+
+    def row_noise(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """See `Generator.row_noise`: numbers, since Mersenne Twister goes one after the other."""
+        return self.randn(shape)
 
     def _in_blocks(self, count: int) -> npt.NDArray[np.float32]:
         uniforms = self._uniforms(count)
@@ -70,6 +92,10 @@ class TorchGenerator:
         """A number in [0, 1): the low 53 bits of two outputs, the first of them the high half."""
         high, low = (int(word) for word in self._next_words(2))
         return float((high << 32 | low) & (2**53 - 1)) * 2.0**-53
+
+
+# The device of a torch.Generator → its stream.
+GENERATORS: Mapping[GeneratorName, Callable[[int], Generator]] = {"cpu": TorchGenerator, "cuda": PhiloxGenerator}
 
 
 def _box_muller(uniforms: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

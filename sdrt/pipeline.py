@@ -1,7 +1,8 @@
 """`Pipeline`: one bundle ready to draw. Tokenise → embed → plan → loop → decode, as a generator of steps."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,14 +13,14 @@ from PIL import Image
 
 from sdrt._version import VERSION
 from sdrt.bundle import Bundle, JsonValue
-from sdrt.denoiser import step_trajectories
 from sdrt.errors import RequestError
 from sdrt.guidance import Lane, lanes_of
 from sdrt.image import from_pixels, to_images
-from sdrt.noise import TorchGenerator
+from sdrt.noise import GENERATORS, TorchGenerator
 from sdrt.request import Request, ResolvedRequest, resolve_request
 from sdrt.runners import open_runner
 from sdrt.runners.base import FloatArray, Runner
+from sdrt.step_batch import Faults, StepBatch, open_batch
 from sdrt.text import PromptEncoder
 from sdrt.tokenizer import Tokenizer
 from sdrt.trajectory import Trajectory, start_trajectory
@@ -30,12 +31,16 @@ _LONGEST_QUOTE = 200  # characters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Where the time of one request went, in seconds. One entry of `step_seconds` is one network evaluation."""
+    """Where the time of one request went, in seconds. One entry of `step_seconds` is one network evaluation.
+
+    gap_seconds: how long in all a GPU waited for the host between steps; None where nothing measures that.
+    """
 
     text_encoder_seconds: float
     step_seconds: tuple[float, ...]
     vae_decoder_seconds: float
     total_seconds: float
+    gap_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,6 +75,7 @@ class Result:
             "scheduler": request.scheduler,
             "seed": request.seeds[index],
             "eta": request.eta,
+            "generator": request.generator,
             **self.made_with,
         }
 
@@ -78,13 +84,13 @@ class Result:
 class StepEvent:
     """One network evaluation of a request is done: `row` of `rows`. The last event carries the result.
 
-    latents: float32 [images, C, h, w] as they are now. preview: when asked for, those latents as images, at the scale
-    in which the network sees them next: noise at first, the finished images at last.
+    latents: float32 [images, C, h, w] as they are now, unless they were not asked for. preview: when asked for, those
+    latents as images, at the scale in which the network sees them next: noise at first, the finished images at last.
     """
 
     row: int
     rows: int
-    latents: FloatArray
+    latents: FloatArray | None
     preview: tuple[Image.Image, ...] | None = None
     result: Result | None = None
 
@@ -125,7 +131,7 @@ class Pipeline:
     def generate(self, prompt: str | Request, **options: Any) -> Result:  # noqa: ANN401  (fields of Request)
         """Draw. `options` are the fields of `Request`; a bad one raises RequestError before any compute."""
         result = None
-        for event in self.stream(as_request(prompt, options)):
+        for event in self.stream(as_request(prompt, options), latents=False):
             result = event.result
         if result is None:
             raise RuntimeError("the last step carried no result")
@@ -136,13 +142,16 @@ class Pipeline:
         prompt: str | Request,
         *,
         preview: bool = False,
+        latents: bool = True,
         **options: Any,  # noqa: ANN401
     ) -> Generator[StepEvent, None, None]:
         """Draw step by step. The request is checked now; closing the generator stops the work.
 
-        preview: decode the latents after every step, which costs one VAE decode an image each time.
+        preview: decode the latents after every step, which costs one VAE decode an image each time. latents: put them
+        into every event; without them (and without previews) a GPU need not wait for the host between steps.
         """
-        return self._run(self.resolve(as_request(prompt, options)), preview=preview)
+        request = self.resolve(as_request(prompt, options))
+        return self._run(request, latents=latents or preview, preview=preview)
 
     def resolve(self, request: Request) -> ResolvedRequest:
         """Check a request against this bundle. Raises RequestError."""
@@ -160,7 +169,13 @@ class Pipeline:
         return Prepared(
             request=request,
             trajectories=tuple(
-                start_trajectory(plan=request.plan, lanes=lanes, seed=seed, slots=slots, shape=shape)
+                start_trajectory(
+                    plan=request.plan,
+                    lanes=lanes,
+                    generator=GENERATORS[request.generator](seed),
+                    slots=slots,
+                    shape=shape,
+                )
                 for seed in request.seeds
             ),
             warnings=self._warnings(request),
@@ -175,6 +190,7 @@ class Pipeline:
         step_seconds: tuple[float, ...],
         vae_decoder_seconds: float,
         began: float,
+        gap_seconds: float | None = None,
     ) -> Result:
         """The result of finished trajectories and their images. `began` is the start on time.perf_counter."""
         manifest = self.bundle.manifest
@@ -187,6 +203,7 @@ class Pipeline:
                 step_seconds=step_seconds,
                 vae_decoder_seconds=vae_decoder_seconds,
                 total_seconds=time.perf_counter() - began,
+                gap_seconds=gap_seconds,
             ),
             warnings=prepared.warnings,
             made_with={
@@ -249,37 +266,44 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _run(self, request: ResolvedRequest, *, preview: bool) -> Generator[StepEvent, None, None]:
+    def _run(self, request: ResolvedRequest, *, latents: bool, preview: bool) -> Generator[StepEvent, None, None]:
         began = time.perf_counter()
         prepared = self.prepare(request)
-        step_seconds: list[float] = []
         rows = len(request.plan)
-        for row in range(1, rows):
-            step_seconds.append(self._step(prepared))
-            latents = _latents_of(prepared)
-            shown = self._decode(latents * np.float32(request.plan.input_scales[row])) if preview else None
-            yield StepEvent(row=row, rows=rows, latents=latents, preview=shown)
-        step_seconds.append(self._step(prepared))
+        with ExitStack() as opened:
+            batches = [opened.enter_context(closing(batch)) for batch in self._batches(prepared)]
+            for row in range(1, rows + 1):
+                for batch in batches:
+                    _raise_first(batch.advance())
+                if row == rows:
+                    break
+                if latents:
+                    for batch in batches:
+                        _raise_first(batch.collect())
+                now = _latents_of(prepared) if latents else None
+                shown = None
+                if preview and now is not None:
+                    shown = self._decode(now * np.float32(request.plan.input_scales[row]))
+                yield StepEvent(row=row, rows=rows, latents=now, preview=shown)
+            seconds = [batch.take_seconds() for batch in batches]
+            gaps = [gap for batch in batches if (gap := batch.gap_seconds()) is not None]
         decoding = time.perf_counter()
         images = tuple(self.decode_trajectory(trajectory) for trajectory in prepared.trajectories)
         result = self.finish(
             prepared,
             images,
-            step_seconds=tuple(step_seconds),
+            step_seconds=tuple(sum(parts) for parts in zip(*seconds, strict=True)),
             vae_decoder_seconds=time.perf_counter() - decoding,
             began=began,
+            gap_seconds=sum(gaps) if gaps else None,
         )
         shown = images if preview else None
         yield StepEvent(row=rows, rows=rows, latents=result.latents, preview=shown, result=result)
 
-    def _step(self, prepared: Prepared) -> float:
-        """Advance every trajectory by one row, as many at once as the engines take; the seconds it took."""
-        stepping = time.perf_counter()
-        batch = self.bundle.manifest.profile.max_batch
-        for first in range(0, len(prepared.trajectories), batch):
-            for fault in step_trajectories(self.runner, prepared.trajectories[first : first + batch]).values():
-                raise fault
-        return time.perf_counter() - stepping
+    def _batches(self, prepared: Prepared) -> Sequence[StepBatch]:
+        """The trajectories, as many together as the engines take."""
+        size, paths = self.bundle.manifest.profile.max_batch, prepared.trajectories
+        return [open_batch(self.runner, paths[first : first + size]) for first in range(0, len(paths), size)]
 
     def _lanes(self, request: ResolvedRequest) -> tuple[Lane, ...]:
         negative = self._prompts.encode(request.negative_prompt) if request.guided else None
@@ -307,6 +331,11 @@ class Pipeline:
             tile=self._tile,
         )
         return tuple(to_images(sample))
+
+
+def _raise_first(faults: Faults) -> None:
+    for fault in faults.values():
+        raise fault
 
 
 def _latents_of(prepared: Prepared) -> FloatArray:

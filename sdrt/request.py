@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sdrt.bundle import Manifest, ShapeProfile
 from sdrt.errors import RequestError
+from sdrt.noise import GENERATORS, GeneratorName
 from sdrt.plan import SCHEDULERS, SamplingPlan, build_plan
 
 MAX_IMAGES = 64
@@ -20,6 +21,7 @@ class Request:
     """One text-to-image request, in the names of the diffusers pipelines. `None` means the model's default.
 
     With `num_images_per_prompt` > 1, image i is made with seed + i, so each can be made again alone.
+    generator: whose numbers the seed stands for, those of torch.Generator("cpu") or torch.Generator("cuda").
     """
 
     prompt: str
@@ -32,6 +34,7 @@ class Request:
     seed: int | None = None
     num_images_per_prompt: int = 1
     eta: float = 0.0
+    generator: GeneratorName = "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,7 @@ class ResolvedRequest:
     seed: int
     num_images_per_prompt: int
     eta: float
+    generator: GeneratorName
     plan: SamplingPlan
 
     @property
@@ -84,6 +88,7 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
         seed=_resolve_seed(request.seed, images),
         num_images_per_prompt=images,
         eta=eta,
+        generator=_resolve_generator(request.generator),
         plan=_resolve_plan(request.scheduler, manifest, steps, eta),
     )
 
@@ -143,6 +148,13 @@ def _resolve_plan(scheduler: object, manifest: Manifest, steps: int, eta: float)
             hint="choose another scheduler, or rebuild the bundle with: sdrt build",
         )
     return plan
+
+
+def _resolve_generator(name: object) -> GeneratorName:
+    for known in GENERATORS:
+        if name == known:
+            return known
+    raise RequestError(f"generator is {reprlib.repr(name)}", hint=f"choose one of: {', '.join(GENERATORS)}")
 
 
 def _resolve_seed(seed: int | None, images: int) -> int:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sdrt.guidance import Lane
-from sdrt.noise import TorchGenerator
+from sdrt.noise import Generator
 from sdrt.plan import SamplingPlan
-from sdrt.runners.base import FloatArray
+from sdrt.runners.base import FloatArray, RowNoise
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -16,7 +16,7 @@ class Trajectory:
 
     plan: SamplingPlan
     lanes: tuple[Lane, ...]
-    generator: TorchGenerator
+    generator: Generator
     state: FloatArray
     row: int = 0
     _noise: FloatArray | None = field(default=None, repr=False)
@@ -45,18 +45,25 @@ class Trajectory:
             self._noise = self.generator.randn((1, *shape))[0] if fresh else np.zeros(shape, np.float32)
         return self._noise
 
-    def advance(self, state: FloatArray) -> None:
-        """Take the next state, float32 [n, C, h, w], and go on to the next row."""
+    def next_noise(self, ahead: int) -> RowNoise:
+        """The noise of the row that is `ahead` of this one, drawn now: to be asked for once for each row, in order."""
+        if not self.plan.draws_noise(self.row + ahead):
+            return None
+        if ahead == 0 and self._noise is not None:
+            return self._noise
+        return self.generator.row_noise(self.state.shape[1:])
+
+    def advance(self, state: FloatArray, rows: int = 1) -> None:
+        """Take the state after `rows` rows, float32 [n, C, h, w]."""
         self.state = state
-        self.row += 1
+        self.row += rows
         self._noise = None
 
 
 def start_trajectory(
-    *, plan: SamplingPlan, lanes: tuple[Lane, ...], seed: int, slots: int, shape: tuple[int, int, int]
+    *, plan: SamplingPlan, lanes: tuple[Lane, ...], generator: Generator, slots: int, shape: tuple[int, int, int]
 ) -> Trajectory:
-    """A trajectory at row 0. shape: (C, h, w). The noise is that of torch.randn((1, C, h, w)) with this seed."""
-    generator = TorchGenerator(seed)
+    """A trajectory at row 0, from the generator's first numbers. shape: (C, h, w)."""
     state = np.zeros((slots, *shape), np.float32)
     state[0] = generator.randn((1, *shape))[0] * np.float32(plan.initial_scale)
     return Trajectory(plan=plan, lanes=lanes, generator=generator, state=state)

@@ -95,7 +95,7 @@ def _draw(bundle: Bundle, golden: GoldenRecord, threads: int | None, progress: P
         width=golden.width,
     )
     with Pipeline(bundle, open_runner(bundle, threads=threads)) as pipeline:
-        for event in pipeline.stream(request):
+        for event in pipeline.stream(request, latents=False):
             progress("golden image", event.row, event.rows)
             if event.result is not None:
                 return np.asarray(event.result.images[0], np.uint8)

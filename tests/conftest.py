@@ -152,3 +152,32 @@ def fake(tmp_path: Path):  # type: ignore[no-untyped-def]
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return lambda runner=None, **manifest: module.fake_pipeline(tmp_path, runner, **manifest)
+
+
+@pytest.fixture(scope="session")
+def onnx_bundle(tiny_export, tmp_path_factory):  # type: ignore[no-untyped-def]
+    """The tiny model as ONNX files, 64 to 128 pixels, 1 to 4 images: what the simulated GPU takes for engines."""
+    from sdrt.bundle import Bundle
+    from sdrt.engines.build import BuildOptions, build_bundle
+    from sdrt.progress import silent
+
+    target = tmp_path_factory.mktemp("bundles") / "onnx.sdrt"
+    options = BuildOptions(backend="onnxruntime", sizes="64..128", batch="1..4", threads=1)
+    build_bundle(tiny_export, target, options, silent)
+    return Bundle.open(target)
+
+
+@pytest.fixture(scope="session")
+def onnx_profiles(onnx_bundle):  # type: ignore[no-untyped-def]
+    """By component, the optimization profiles that TensorRT would be given."""
+    from sdrt.engines.components import input_specs
+    from sdrt.engines.onnx_files import load_graph
+    from sdrt.engines.optimization import optimization_profiles
+    from tests.component_source import source_of
+
+    return {
+        record.name: optimization_profiles(
+            source_of(onnx_bundle, record.name), input_specs(load_graph(onnx_bundle.file(record.files[0])))
+        )
+        for record in onnx_bundle.manifest.components
+    }

@@ -14,7 +14,7 @@ from sdrt.errors import BackendError
 from sdrt.runners.cuda import EngineTensor, Pinned
 
 ARENA_ALIGNMENT = 256
-GARBAGE = 0xA5
+GARBAGE = 0xFF  # NaN as a float
 
 
 class BrokenRuleError(Exception):
@@ -170,6 +170,21 @@ class SimulatedCuda:
         self._queue(stream, partial(self._reach, handle), name="event")
         return handle
 
+    def wait(self, event):
+        """Runs the work of every stream up to the event."""
+        self._forbid_while_capturing("wait")
+        if event not in self.events:
+            raise BrokenRuleError("an event is waited for that was destroyed")
+        self.log.append("wait")
+        for stream in self.streams.values():
+            while self.events[event] is None and stream.queue:
+                stream.queue.pop(0)()
+        if self.events[event] is None:
+            raise BrokenRuleError("an event is waited for that nobody will reach")
+
+    def fill_normal(self, target, draw, stream):
+        self._queue(stream, partial(self._fill, target, draw), name="fill_normal")
+
     def elapsed_seconds(self, start, end):
         times = [self.events[event] for event in (start, end)]
         if None in times:
@@ -217,8 +232,12 @@ class SimulatedCuda:
     def _copy_on(self, target, source, size):
         self.view(target, size)[:] = self.view(source, size).copy()
 
+    def _fill(self, target, draw):
+        self.view(target, 4 * draw.count)[:] = draw.values().view(np.uint8)
+
     def _reach(self, event):
-        self.events[event] = next(self._clock)
+        if event in self.events:  # destroyed ones are reached by nobody's account
+            self.events[event] = next(self._clock)
 
 
 @dataclass(eq=False)

@@ -234,7 +234,7 @@ def test_a_plan_cannot_be_written_to():
 
 def test_a_padded_transition_steps_like_the_plan_s_own():
     plan = plan_of("dpmpp_2m", 5)
-    wide = plan.padded_transition(2, MAX_STATE_SLOTS)
+    wide = plan.padded_transitions(slice(2, 3), MAX_STATE_SLOTS)[0]
     state = np.array([0.3, -0.7, 0.0, 0.0, 0.0, 0.0])
     own = plan.transitions[2] @ [0.3, -0.7, 1.1, 0.2]
     np.testing.assert_allclose((wide @ np.concatenate([state, [1.1, 0.2]]))[:2], own, rtol=1e-6)

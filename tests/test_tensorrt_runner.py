@@ -7,41 +7,25 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdrt.bundle import Bundle
-from sdrt.engines.build import BuildOptions, build_bundle
-from sdrt.engines.components import input_specs
-from sdrt.engines.onnx_files import load_graph
-from sdrt.engines.optimization import optimization_profiles
 from sdrt.errors import BackendError, ParityError
 from sdrt.pipeline import Pipeline
-from sdrt.progress import silent
 from sdrt.runners.base import STEP, VAE_DECODER
 from sdrt.runners.onnxruntime import OnnxRuntimeRunner
 from sdrt.runners.tensorrt import TensorRtRunner
-from tests.component_source import source_of
 from tests.simulated_cuda import BrokenRuleError, SimulatedCuda
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_export, tmp_path_factory):
-    """ONNX files, which the simulated GPU takes for engines."""
-    target = tmp_path_factory.mktemp("bundles") / "onnx.sdrt"
-    options = BuildOptions(backend="onnxruntime", sizes="64..128", batch="1..4", threads=1)
-    build_bundle(tiny_export, target, options, silent)
-    return Bundle.open(target)
+@pytest.fixture
+def bundle(onnx_bundle):
+    return onnx_bundle
 
 
-@pytest.fixture(scope="module")
-def profiles(bundle):
-    return {
-        record.name: optimization_profiles(
-            source_of(bundle, record.name), input_specs(load_graph(bundle.file(record.files[0])))
-        )
-        for record in bundle.manifest.components
-    }
+@pytest.fixture
+def profiles(onnx_profiles):
+    return onnx_profiles
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def expected(bundle):
     """Images by another runner on the same files."""
     with Pipeline(bundle, OnnxRuntimeRunner(bundle, threads=1)) as pipeline:

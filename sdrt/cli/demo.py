@@ -112,6 +112,7 @@ def _draw(bundle: "Bundle", threads: int | None, progress: Progress) -> "list[Re
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE_SCALE,
                 scheduler=SCHEDULER,
+                latents=False,
             )
             for event in events:
                 progress("drawing", index * event.rows + event.row, len(CAPTIONS) * event.rows)

@@ -32,6 +32,7 @@ REQUEST_FIELDS = (
     "seed",
     "num_images_per_prompt",
     "eta",
+    "generator",
 )
 
 
@@ -82,6 +83,14 @@ def run(
             metavar="N", help="Image i of several is made with N + i. Default: chosen and told.", show_default=False
         ),
     ] = None,
+    generator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="Whose numbers a seed stands for: cpu or cuda, as torch.Generator. Default: cpu.",
+            show_default=False,
+        ),
+    ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="In pixels. Default: the model's own.", show_default=False)
     ] = None,
@@ -118,6 +127,7 @@ def run(
         "guidance_scale": guidance_scale,
         "scheduler": scheduler,
         "seed": seed,
+        "generator": generator,
         "num_images_per_prompt": images,
     }
     options = {name: value for name, value in given.items() if value is not None}
@@ -141,7 +151,7 @@ def draw(bundle: "Bundle", request: "Request", *, threads: int | None, progress:
 
     progress("loading the engines", 0, 1)
     with Pipeline(bundle, open_runner(bundle, threads=threads)) as pipeline:
-        for event in pipeline.stream(request):
+        for event in pipeline.stream(request, latents=False):
             progress("drawing", event.row, event.rows)
             if event.result is not None:
                 return event.result
@@ -222,6 +232,7 @@ def _record(result: "Result", paths: Sequence[Path], sheet: Path | None) -> "dic
             "text_encoder": timings.text_encoder_seconds,
             "steps": list(timings.step_seconds),
             "vae_decoder": timings.vae_decoder_seconds,
+            "gaps_between_steps": timings.gap_seconds,
             "total": timings.total_seconds,
         },
         "warnings": list(result.warnings),

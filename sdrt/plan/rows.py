@@ -42,10 +42,10 @@ class SamplingPlan:
         """Whether this row adds fresh noise, that is, consumes the request's generator."""
         return bool(np.any(self.transitions[row, :, -1]))
 
-    def padded_transition(self, row: int, slots: int) -> npt.NDArray[np.float32]:
-        """Row's transition for a step graph of `slots` ≥ n state slots: float32 [slots, slots + 2]."""
-        own = self.slots
-        wide = np.zeros((slots, slots + 2), np.float32)
-        wide[:own, :own] = self.transitions[row, :, :own]
-        wide[:own, slots:] = self.transitions[row, :, own:]
+    def padded_transitions(self, rows: slice, slots: int) -> npt.NDArray[np.float32]:
+        """The rows' transitions for a step graph of `slots` ≥ n state slots: float32 [rows, slots, slots + 2]."""
+        own, chosen = self.slots, self.transitions[rows]
+        wide = np.zeros((len(chosen), slots, slots + 2), np.float32)
+        wide[:, :own, :own] = chosen[:, :, :own]
+        wide[:, :own, slots:] = chosen[:, :, own:]
         return wide

@@ -1,14 +1,18 @@
 """The seam between sdrt and a backend: what a runner can be asked, as data and one protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from sdrt.philox import PhiloxDraw
+
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
+# One request's noise of one row, float32 [C, h, w]: none, numbers, or the recipe of numbers that are made anywhere.
+RowNoise = FloatArray | PhiloxDraw | None
 
 TEXT_ENCODER = "text_encoder"
 STEP = "step"
@@ -44,3 +48,42 @@ class Runner(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class Steps(Protocol):
+    """A batch whose state stays on the device while its plans' rows run. Not thread-safe."""
+
+    def advance(self, noise: Sequence[RowNoise]) -> None:
+        """Queue the next row, with one entry of noise for each request; waits at most for the row before it.
+
+        Raises BackendError when the backend fails; the state is lost then.
+        """
+        ...
+
+    def state(self) -> FloatArray:
+        """Wait for the queued rows; the state after them, float32 [R, n, C, h, w], belongs to the caller."""
+        ...
+
+    def seconds(self) -> tuple[float, ...]:
+        """The device's time of each row that has run, since the start; complete after `state`."""
+        ...
+
+    def gap_seconds(self) -> float:
+        """How long in all the device waited for the host between one row and the next; complete after `state`."""
+        ...
+
+    def close(self) -> None:
+        """Give the device's memory to others. Safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class SteppingRunner(Runner, Protocol):
+    """A runner that can keep a batch on its device, so that the host does nothing between steps but launch."""
+
+    def open_steps(self, inputs: Mapping[str, Array], rows: Mapping[str, Array]) -> Steps:
+        """Start a batch. inputs: what stays, as in the step graph; rows: what changes, with a first dimension of rows.
+
+        Raises BackendError for tensors or shapes that the engine does not take.
+        """
+        ...

@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sdrt.philox import PhiloxDraw
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -147,8 +149,16 @@ class CudaDriver(Protocol):
         """Release a graph that is not running."""
         ...
 
+    def fill_normal(self, target: int, draw: PhiloxDraw, stream: int) -> None:
+        """Queue the making of a draw's numbers, float32 [draw.count]."""
+        ...
+
     def record_event(self, stream: int) -> int:
         """An event that is reached when the stream's work so far has ended."""
+        ...
+
+    def wait(self, event: int) -> None:
+        """Wait until an event is reached."""
         ...
 
     def elapsed_seconds(self, start: int, end: int) -> float:

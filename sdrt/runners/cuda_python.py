@@ -4,6 +4,7 @@ import ctypes
 import sys
 import warnings
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,19 @@ import numpy as np
 
 from sdrt.errors import BackendError, OutputError
 from sdrt.files import write_atomically
+from sdrt.philox import PhiloxDraw
 from sdrt.runners.cuda import EngineContext, EngineTensor, Pinned, Shapes
-from sdrt.runners.nvidia import Device, Library, LibraryName, load_cuda_runtime, load_library, require_device
+from sdrt.runners.nvidia import (
+    Device,
+    Library,
+    LibraryName,
+    load_cuda_driver,
+    load_cuda_runtime,
+    load_library,
+    require_device,
+)
 
+_THREADS = 256  # of one block
 _VERIFY = "check the bundle with: sdrt verify"
 
 
@@ -27,6 +38,8 @@ class CudaPython:
         self.device: Device = require_device()
         self._library = load_library(library)
         self._cuda = load_cuda_runtime()
+        self._cuda_driver = load_cuda_driver()
+        self._normal_kernel: Any = None
         self._kernels = kernels
         self._logger = remembering_logger(self._library.module)
         self._runtime = self._library.module.Runtime(self._logger)
@@ -106,6 +119,19 @@ class CudaPython:
         """See `CudaDriver`."""
         return float(self._call("cudaEventElapsedTime", start, end)) / 1000
 
+    def wait(self, event: int) -> None:
+        """See `CudaDriver`."""
+        self._call("cudaEventSynchronize", event)
+
+    def fill_normal(self, target: int, draw: PhiloxDraw, stream: int) -> None:
+        """See `CudaDriver`."""
+        if self._normal_kernel is None:
+            self._normal_kernel = self._load_kernel("philox_normal")
+        arguments = (target, draw.count, draw.seed & 0xFFFFFFFF, draw.seed >> 32, draw.offset)
+        kinds = (ctypes.c_void_p, *[ctypes.c_uint32] * 4)
+        blocks = -(-draw.count // _THREADS)
+        self._launch_kernel(self._normal_kernel, blocks, stream, (arguments, kinds))
+
     def destroy_event(self, event: int) -> None:
         """See `CudaDriver`."""
         self._call("cudaEventDestroy", event)
@@ -156,6 +182,23 @@ class CudaPython:
             write_atomically(path, bytes(content), overwrite=True)
         except (OSError, OutputError) as error:
             warnings.warn(f"compiled kernels are not kept, the next start compiles them again: {error}", stacklevel=2)
+
+    def _load_kernel(self, name: str) -> Any:  # noqa: ANN401
+        """A kernel of `kernels/`, compiled for this GPU by its driver."""
+        program = (files("sdrt.runners") / "kernels" / f"{name}.ptx").read_bytes()
+        loaded = self._driver_call("cuLibraryLoadData", program, [], [], 0, [], [], 0)
+        return self._driver_call("cuLibraryGetKernel", loaded, name.encode())
+
+    def _launch_kernel(self, kernel: Any, blocks: int, stream: int, arguments: Any) -> None:  # noqa: ANN401
+        function = self._cuda_driver.CUfunction(int(kernel))  # a kernel takes its context from the stream
+        self._driver_call("cuLaunchKernel", function, blocks, 1, 1, _THREADS, 1, 1, 0, stream, arguments, 0)
+
+    def _driver_call(self, name: str, *arguments: Any) -> Any:  # noqa: ANN401
+        """A function of the CUDA driver; its first result is the error. Raises BackendError."""
+        error, *results = getattr(self._cuda_driver, name)(*arguments)
+        if error != self._cuda_driver.CUresult.CUDA_SUCCESS:
+            raise BackendError(f"{name} failed: {error.name}", hint="look at nvidia-smi, and run: sdrt doctor")
+        return results[0] if results else None
 
     def _copy(self, target: int, source: int, size: int, kind: Any, stream: int) -> None:  # noqa: ANN401
         self._call("cudaMemcpyAsync", target, source, size, kind, stream)

@@ -137,8 +137,17 @@ def check_device(backend: BackendRecord, device: Device) -> None:
 
 def load_cuda_runtime() -> Any:  # noqa: ANN401  (a module of generated functions)
     """cuda-python's bindings of the CUDA runtime. BackendError: not installed."""
+    return _load_bindings("runtime")
+
+
+def load_cuda_driver() -> Any:  # noqa: ANN401
+    """cuda-python's bindings of the CUDA driver. BackendError: not installed."""
+    return _load_bindings("driver")
+
+
+def _load_bindings(name: str) -> Any:  # noqa: ANN401
     try:
-        return importlib.import_module("cuda.bindings.runtime")
+        return importlib.import_module(f"cuda.bindings.{name}")
     except ImportError as error:
         raise BackendError(f"cuda-python is not installed: {error}", hint=f"install it with: {INSTALL}") from error
 

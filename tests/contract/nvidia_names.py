@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import tensorrt_rtx as trt
+from cuda.bindings import driver
 from cuda.bindings import runtime as cuda
 
 # By file: what a variable or attribute of that name holds.
@@ -19,6 +20,7 @@ HOLDS = {
     "sdrt/runners/nvidia.py": {"runtime": cuda},
     "sdrt/runners/cuda_python.py": {
         "self._cuda": cuda,
+        "self._cuda_driver": driver,
         "trt": trt,
         "self._runtime": trt.Runtime,
         "self.engine": trt.ICudaEngine,
@@ -66,8 +68,9 @@ def uses(node, holds, calls):
         if owner is not None:
             call = calls.get(id(node))
             yield node.lineno, owner, node.attr, None if call is None else [*call.args, *call.keywords]
-    if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._call":
-        yield node.lineno, cuda, node.args[0].value, node.args[1:]
+    called = {"self._call": cuda, "self._driver_call": driver}
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in called:
+        yield node.lineno, called[ast.unparse(node.func)], node.args[0].value, node.args[1:]
 
 
 def check(owner, attribute, arguments):

@@ -1,0 +1,266 @@
+"""A bundle's engines on one GPU: their border memory, contexts, the arena that all share, and their captured graphs.
+
+One stream runs everything one after the other, so all contexts share one arena for their activations. Border tensors
+have fixed addresses, which captured graphs rely on.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from sdrt.bundle import Bundle
+from sdrt.errors import BackendError
+from sdrt.runners.base import Array
+from sdrt.runners.cuda import CudaDriver, Engine, EngineContext, Pinned, Shapes
+
+# call: feeds in, results out. step: everything is on the device already and stays there.
+Work = Literal["call", "step"]
+Key = tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Counters:
+    """What happened since the runner was opened, for reports and metrics."""
+
+    captures: int = 0
+    replays: int = 0
+    plain_launches: int = 0
+    failed_captures: int = 0
+    evictions: int = 0
+
+
+class Tenant(Protocol):
+    """Somebody whose data lies in a component's border memory between two calls."""
+
+    def move_out(self) -> None:
+        """Save the data: another is about to use the memory."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Border:
+    """An engine and the memory of its border tensors, large enough for every profile and never moved."""
+
+    engine: Engine
+    device: dict[str, int] = field(default_factory=dict)
+    pinned: dict[str, Pinned] = field(default_factory=dict)
+    dtypes: dict[str, np.dtype[np.generic]] = field(default_factory=dict)
+    tenant: Tenant | None = None
+
+    def staged(self, name: str, shape: tuple[int, ...]) -> Array:
+        """The pinned memory of a tensor, as an array of this shape."""
+        return typed(self.pinned[name], self.dtypes[name], shape)
+
+    def bytes_of(self, name: str, shape: tuple[int, ...]) -> int:
+        """The size of a border tensor of this shape."""
+        return byte_count(shape, self.dtypes[name])
+
+
+@dataclass(slots=True, kw_only=True)
+class Prepared:
+    """An engine ready for one set of shapes. plain: the work whose capture failed, so it is not tried again."""
+
+    context: EngineContext
+    inputs: dict[str, tuple[int, ...]]
+    outputs: dict[str, tuple[int, ...]]
+    graphs: dict[Work, int] = field(default_factory=dict)
+    plain: set[Work] = field(default_factory=set)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Block:
+    """A piece of device memory that grows. address 0: none yet."""
+
+    address: int = 0
+    size: int = 0
+
+
+class DeviceEngines:
+    """Not thread-safe. most_graphs: how many sets of shapes are kept ready, over all components."""
+
+    def __init__(self, bundle: Bundle, driver: CudaDriver, *, most_graphs: int) -> None:
+        self.driver = driver
+        self.stream = driver.create_stream()
+        self.counters = Counters()
+        self._bundle = bundle
+        self._most_graphs = most_graphs
+        self._arena = _Block()
+        self._borders: dict[str, Border] = {}
+        self._prepared: OrderedDict[Key, Prepared] = OrderedDict()
+        self._reserved: dict[str, _Block] = {}
+        self._reserved_pinned: dict[str, Pinned] = {}
+
+    def border(self, component: str) -> Border:
+        """The component's engine, loaded on first use, and its border's memory."""
+        if component not in self._borders:
+            record = self._bundle.component(component)
+            engine = self.driver.open_engine(self._bundle.file(record.files[0]))
+            border = Border(engine=engine, dtypes={tensor.name: tensor.dtype for tensor in engine.tensors})
+            self._borders[component] = border
+            for name, size in _largest_bytes(engine).items():
+                border.device[name] = self.driver.allocate(size)
+                border.pinned[name] = self.driver.allocate_pinned(size)
+        return self._borders[component]
+
+    def reserve(self, name: str, size: int) -> int:
+        """Device memory of at least this size, the same for the same name until more is needed. The stream is idle."""
+        block = self._reserved.setdefault(name, _Block())
+        if block.size < size:
+            if block.address:
+                self.driver.free(block.address)
+                block.address, block.size = 0, 0
+            block.address, block.size = self.driver.allocate(size), size
+        return block.address
+
+    def reserve_pinned(self, name: str, size: int) -> Pinned:
+        """The same in pinned memory."""
+        block = self._reserved_pinned.get(name)
+        if block is None or block.bytes.size < size:
+            if block is not None:
+                del self._reserved_pinned[name]
+                self.driver.free_pinned(block)
+            block = self._reserved_pinned[name] = self.driver.allocate_pinned(size)
+        return block
+
+    def claim(self, border: Border, tenant: Tenant | None) -> None:
+        """From now on the border's memory is the tenant's, or that of a call which leaves nothing in it."""
+        if border.tenant is not None and border.tenant is not tenant:
+            border.tenant.move_out()
+        border.tenant = tenant
+
+    def prepare(self, component: str, shapes: Shapes) -> Prepared:
+        """A context for these shapes: the one used before, or a new one in place of the least recently used.
+
+        Raises BackendError, before the device is touched, for shapes outside every profile.
+        """
+        key = (component, tuple(sorted(shapes.items())))
+        if key in self._prepared:
+            self._prepared.move_to_end(key)
+            return self._prepared[key]
+        border = self.border(component)
+        profile = border.engine.profile_for(shapes)
+        if profile is None:
+            asked = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            raise BackendError(
+                f"{component} was built for other shapes than {asked}",
+                hint="ask for what the bundle accepts: sdrt inspect",
+            )
+        while len(self._prepared) >= self._most_graphs:
+            self._drop_oldest()
+            self.counters.evictions += 1
+        context = border.engine.create_context(profile, shapes)
+        try:
+            self._share_arena(context.memory_bytes())
+            context.set_memory(self._arena.address, self._arena.size)
+            for name, address in border.device.items():
+                context.set_address(name, address)
+        except BaseException:
+            context.close()
+            raise
+        prepared = Prepared(context=context, inputs=dict(shapes), outputs=context.output_shapes())
+        self._prepared[key] = prepared
+        return prepared
+
+    def launch(self, prepared: Prepared, work: Work, queue: Callable[[], None]) -> None:
+        """Queue the work: as its graph where there is one, plainly otherwise."""
+        if work in prepared.graphs:
+            self.driver.launch(prepared.graphs[work], self.stream)
+            self.counters.replays += 1
+        else:
+            queue()
+            self.counters.plain_launches += 1
+
+    def capture(self, prepared: Prepared, work: Work, queue: Callable[[], None]) -> None:
+        """Record the work for the next time, after it ran once: what a context does only the first time is not allowed
+        in a capture. Where capturing fails, plain launches go on serving."""
+        if work in prepared.graphs or work in prepared.plain:
+            return
+        self.driver.synchronize(self.stream)
+        try:
+            self.driver.begin_capture(self.stream)
+            try:
+                queue()
+            finally:
+                graph = self.driver.end_capture(self.stream)
+            prepared.graphs[work] = graph
+            self.counters.captures += 1
+        except BackendError:
+            prepared.plain.add(work)
+            self.counters.failed_captures += 1
+
+    def close(self) -> None:
+        """Release everything, the driver too."""
+        self.driver.synchronize(self.stream)
+        while self._prepared:
+            self._drop_oldest()
+        for border in self._borders.values():
+            for address in border.device.values():
+                self.driver.free(address)
+            for memory in border.pinned.values():
+                self.driver.free_pinned(memory)
+            border.engine.close()
+        self._borders.clear()
+        for block in (self._arena, *self._reserved.values()):
+            if block.address:
+                self.driver.free(block.address)
+        for memory in self._reserved_pinned.values():
+            self.driver.free_pinned(memory)
+        self.driver.destroy_stream(self.stream)
+        self.driver.close()
+
+    def _share_arena(self, needed: int) -> None:
+        """Make the arena large enough. A larger one lies elsewhere, so graphs captured with the old one are dropped."""
+        arena = self._arena
+        if needed <= arena.size:
+            return
+        self.driver.synchronize(self.stream)
+        for prepared in self._prepared.values():
+            self._drop_graphs(prepared)
+        if arena.address:
+            self.driver.free(arena.address)
+            arena.address, arena.size = 0, 0
+        try:
+            arena.address, arena.size = self.driver.allocate(needed), needed
+        except BackendError:
+            while self._prepared:  # their memory is gone
+                self._drop_oldest()
+            raise
+        for prepared in self._prepared.values():
+            prepared.context.set_memory(arena.address, arena.size)
+
+    def _drop_oldest(self) -> None:
+        _, prepared = self._prepared.popitem(last=False)
+        self.driver.synchronize(self.stream)
+        self._drop_graphs(prepared)
+        prepared.context.close()
+
+    def _drop_graphs(self, prepared: Prepared) -> None:
+        for graph in prepared.graphs.values():
+            self.driver.destroy_graph(graph)
+        prepared.graphs.clear()
+
+
+def typed(memory: Pinned, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> Array:
+    """The beginning of `memory` as an array."""
+    array: Array = memory.bytes[: byte_count(shape, dtype)].view(dtype).reshape(shape)
+    return array
+
+
+def byte_count(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> int:
+    """The size of an array."""
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+
+def _largest_bytes(engine: Engine) -> dict[str, int]:
+    """The most memory that each border tensor needs under any profile."""
+    sizes = {tensor.name: 0 for tensor in engine.tensors}
+    for profile, inputs in enumerate(engine.largest_shapes()):
+        context = engine.create_context(profile, inputs)
+        shapes = {**inputs, **context.output_shapes()}
+        context.close()
+        for tensor in engine.tensors:
+            sizes[tensor.name] = max(sizes[tensor.name], byte_count(shapes[tensor.name], tensor.dtype))
+    return sizes

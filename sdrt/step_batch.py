@@ -1,0 +1,125 @@
+"""Trajectories that take their steps together: on the host one by one, or on a device that keeps their state."""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from sdrt.denoiser import lasting_inputs, not_finite, row_inputs, step_trajectories
+from sdrt.errors import ParityError
+from sdrt.runners.base import Runner, SteppingRunner, Steps
+from sdrt.trajectory import Trajectory
+
+Faults = dict[Trajectory, ParityError]
+
+
+class StepBatch(Protocol):
+    """The same trajectories from the first `advance` until one of them is finished. Not thread-safe."""
+
+    @property
+    def trajectories(self) -> tuple[Trajectory, ...]:
+        """Who is in it."""
+        ...
+
+    def advance(self) -> Faults:
+        """Run one row of each; on a device perhaps only queue it. Once one is finished, all are collected.
+
+        Returns the trajectories that are known by now to be not finite, each with its error.
+        """
+        ...
+
+    def collect(self) -> Faults:
+        """Bring states and rows of the trajectories up to date. Those that are not finite do not advance."""
+        ...
+
+    def take_seconds(self) -> tuple[float, ...]:
+        """The time of each row that has run since the last call."""
+        ...
+
+    def gap_seconds(self) -> float | None:
+        """How long the device waited for the host between rows, up to the last `collect`; None: it was not measured."""
+        ...
+
+    def close(self) -> None:
+        """Release what the runner holds for it. Rows that were not collected are lost."""
+        ...
+
+
+def open_batch(runner: Runner, trajectories: Sequence[Trajectory]) -> StepBatch:
+    """Start. All trajectories have latents of one size and rows left."""
+    members = tuple(trajectories)
+    return _DeviceBatch(runner, members) if isinstance(runner, SteppingRunner) else _HostBatch(runner, members)
+
+
+class _HostBatch:
+    """Each row is a call of the runner, and collected at once."""
+
+    def __init__(self, runner: Runner, trajectories: tuple[Trajectory, ...]) -> None:
+        self.trajectories = trajectories
+        self._runner = runner
+        self._seconds: list[float] = []
+
+    def advance(self) -> Faults:
+        began = time.perf_counter()
+        faults = step_trajectories(self._runner, self.trajectories)
+        self._seconds.append(time.perf_counter() - began)
+        return faults
+
+    def collect(self) -> Faults:
+        return {}
+
+    def take_seconds(self) -> tuple[float, ...]:
+        taken, self._seconds = tuple(self._seconds), []
+        return taken
+
+    def gap_seconds(self) -> float | None:
+        return None
+
+    def close(self) -> None:
+        return
+
+
+class _DeviceBatch:
+    """Rows are queued; states are fetched when somebody asks, or when one of the trajectories is finished.
+
+    A value that is not finite stays so from row to row, and no row mixes requests: so it is enough to look at the end.
+    """
+
+    def __init__(self, runner: SteppingRunner, trajectories: tuple[Trajectory, ...]) -> None:
+        self.trajectories = trajectories
+        self._left = min(len(item.plan) - item.row for item in trajectories)
+        self._ahead = 0  # rows queued since the last collection
+        self._taken = 0
+        inputs = lasting_inputs(trajectories)
+        inputs["noise"] = np.zeros_like(inputs["state"][:, 0])
+        self._steps: Steps = runner.open_steps(inputs, row_inputs(trajectories, self._left))
+
+    def advance(self) -> Faults:
+        self._steps.advance([item.next_noise(self._ahead) for item in self.trajectories])
+        self._ahead += 1
+        self._left -= 1
+        return self.collect() if self._left == 0 else {}
+
+    def collect(self) -> Faults:
+        if self._ahead == 0:
+            return {}
+        faults = {}
+        for trajectory, state in zip(self.trajectories, self._steps.state(), strict=True):
+            if np.isfinite(state).all():
+                trajectory.advance(state.copy(), self._ahead)
+            else:
+                faults[trajectory] = not_finite(trajectory, self._ahead)
+        self._ahead = 0
+        return faults
+
+    def take_seconds(self) -> tuple[float, ...]:
+        seconds = self._steps.seconds()
+        taken, self._taken = seconds[self._taken :], len(seconds)
+        return taken
+
+    def gap_seconds(self) -> float | None:
+        return self._steps.gap_seconds()
+
+    def close(self) -> None:
+        self._steps.close()
