@@ -202,6 +202,18 @@ class SimulatedCuda:
         self.engines.add(engine)
         return engine
 
+    @staticmethod
+    def session(path, weights):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        for name, array in weights.items():
+            options.add_initializer(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session.weights = weights  # ONNX Runtime does not copy them
+        return session
+
     def close(self):
         kinds = ("blocks", "pinned", "streams", "graphs", "events", "contexts", "engines")
         left = {name: len(getattr(self, name)) for name in kinds if getattr(self, name)}
@@ -246,12 +258,8 @@ class SimulatedEngine:
     path: object
 
     def __post_init__(self):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
         self.component = self.path.parent.name
-        self.session = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        self.session = self.cuda.session(self.path, {})
         self.profiles = self.cuda.profiles[self.component]
         names = {"tensor(float)": "float32", "tensor(int64)": "int64"}
         self.tensors = tuple(
@@ -285,6 +293,12 @@ class SimulatedEngine:
         context = SimulatedContext(self, dict(shapes))
         self.cuda.contexts.add(context)
         return context
+
+    def refit(self, weights):
+        if any(context.engine is self for context in self.cuda.contexts):
+            raise BrokenRuleError("an engine is refitted while it has contexts")
+        self.cuda.log.append(f"refit {self.component}")
+        self.session = self.cuda.session(self.path, weights)
 
     def close(self):
         if any(context.engine is self for context in self.cuda.contexts):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from sdrt.errors import BackendError, ParityError
 from sdrt.pipeline import Pipeline
@@ -271,3 +272,34 @@ class TestTheSimulationItself:
         assert (cuda.view(address, 4) != 7).all()
         cuda.synchronize(stream)
         assert (cuda.view(address, 4) == 7).all()
+
+
+class TestRefit:
+    @pytest.fixture
+    def weights(self, tiny_checkpoint):
+        """Some of the network's weights; the graph has them under the checkpoint's names."""
+        stored = load_file(tiny_checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+        return lambda factor: {"conv_out.weight": stored["conv_out.weight"] * np.float32(factor)}
+
+    def test_changes_the_results_and_back_again_to_the_bit(self, bundle, cuda, weights):
+        with TensorRtRunner(bundle, cuda) as runner:
+            feeds = step_feeds()
+            exact = runner.run(STEP, feeds)["next_state"]
+            runner.refit(STEP, weights(2))
+            changed = runner.run(STEP, feeds)["next_state"]
+            assert not np.array_equal(changed, exact)
+            runner.refit(STEP, weights(1))
+            assert np.array_equal(runner.run(STEP, feeds)["next_state"], exact)
+
+    def test_of_a_closed_runner_is_refused(self, bundle, cuda):
+        runner = TensorRtRunner(bundle, cuda)
+        runner.close()
+        with pytest.raises(BackendError, match="closed"):
+            runner.refit(STEP, {})
+
+
+def test_without_capturing_every_launch_is_plain(bundle, cuda, expected):
+    runner = TensorRtRunner(bundle, cuda, capture=False)
+    with Pipeline(bundle, runner) as pipeline:
+        assert np.array_equal(draw(pipeline), expected())
+    assert runner.counters.captures == runner.counters.replays == runner.counters.failed_captures == 0

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from sdrt.philox import PhiloxDraw
 
 Shapes = Mapping[str, tuple[int, ...]]
+Array = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -79,6 +80,13 @@ class Engine(Protocol):
 
     def create_context(self, profile: int, shapes: Shapes) -> EngineContext:
         """A context with these input shapes. Raises BackendError when there is no memory for it."""
+        ...
+
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        """Put these weights in the place of those with the same names, while the engine has no contexts.
+
+        Raises BackendError when the engine was not built for that, or has no such weights.
+        """
         ...
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from sdrt.errors import BackendError, OutputError
 from sdrt.files import write_atomically
 from sdrt.philox import PhiloxDraw
-from sdrt.runners.cuda import EngineContext, EngineTensor, Pinned, Shapes
+from sdrt.runners.cuda import Array, EngineContext, EngineTensor, Pinned, Shapes
 from sdrt.runners.nvidia import (
     Device,
     Library,
@@ -277,6 +278,23 @@ class TensorRtEngine:
             raise BackendError(f"an engine refuses the shape of {refused}: {self.logger.reason()}", hint=_VERIFY)
         outputs = tuple(tensor.name for tensor in self.tensors if not tensor.is_input)
         return TensorRtContext(context=context, outputs=outputs, logger=self.logger)
+
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        """See `Engine`."""
+        trt = self.library.module
+        if not self.engine.refittable:
+            raise BackendError(
+                "the engine's weights cannot be replaced", hint="build the bundle on a machine with a GPU, with --refit"
+            )
+        refitter = trt.Refitter(self.engine, self.logger)
+        kept = {name: np.ascontiguousarray(array) for name, array in weights.items()}  # read only at the end
+        unknown = [name for name, array in kept.items() if not refitter.set_named_weights(name, trt.Weights(array))]
+        missing = list(refitter.get_missing_weights())
+        if unknown or missing:
+            what = f"does not take {unknown[:3]}" if unknown else f"also needs {missing[:3]}"
+            raise BackendError(f"the engine {what}: {self.logger.reason()}", hint="give weights of the same model")
+        if not refitter.refit_cuda_engine():
+            raise BackendError(f"the weights were not replaced: {self.logger.reason()}", hint=_VERIFY)
 
     def close(self) -> None:
         """See `Engine`."""

@@ -5,7 +5,7 @@ have fixed addresses, which captured graphs rely on.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -79,14 +79,18 @@ class _Block:
 
 
 class DeviceEngines:
-    """Not thread-safe. most_graphs: how many sets of shapes are kept ready, over all components."""
+    """Not thread-safe.
 
-    def __init__(self, bundle: Bundle, driver: CudaDriver, *, most_graphs: int) -> None:
+    most_graphs: how many sets of shapes are kept ready, over all components. capture: whether to make graphs at all.
+    """
+
+    def __init__(self, bundle: Bundle, driver: CudaDriver, *, most_graphs: int, capture: bool) -> None:
         self.driver = driver
         self.stream = driver.create_stream()
         self.counters = Counters()
         self._bundle = bundle
         self._most_graphs = most_graphs
+        self._capture = capture
         self._arena = _Block()
         self._borders: dict[str, Border] = {}
         self._prepared: OrderedDict[Key, Prepared] = OrderedDict()
@@ -176,7 +180,7 @@ class DeviceEngines:
     def capture(self, prepared: Prepared, work: Work, queue: Callable[[], None]) -> None:
         """Record the work for the next time, after it ran once: what a context does only the first time is not allowed
         in a capture. Where capturing fails, plain launches go on serving."""
-        if work in prepared.graphs or work in prepared.plain:
+        if not self._capture or work in prepared.graphs or work in prepared.plain:
             return
         self.driver.synchronize(self.stream)
         try:
@@ -190,6 +194,13 @@ class DeviceEngines:
         except BackendError:
             prepared.plain.add(work)
             self.counters.failed_captures += 1
+
+    def refit(self, component: str, weights: Mapping[str, Array]) -> None:
+        """Replace weights of a component; what was prepared for it is prepared again when it is needed."""
+        border = self.border(component)
+        for key in [key for key in self._prepared if key[0] == component]:
+            self._drop(key)
+        border.engine.refit(weights)
 
     def close(self) -> None:
         """Release everything, the driver too."""
@@ -232,7 +243,10 @@ class DeviceEngines:
             prepared.context.set_memory(arena.address, arena.size)
 
     def _drop_oldest(self) -> None:
-        _, prepared = self._prepared.popitem(last=False)
+        self._drop(next(iter(self._prepared)))
+
+    def _drop(self, key: Key) -> None:
+        prepared = self._prepared.pop(key)
         self.driver.synchronize(self.stream)
         self._drop_graphs(prepared)
         prepared.context.close()

@@ -24,13 +24,18 @@ _OPENED_AT_ONCE = (TEXT_ENCODER, STEP, VAE_DECODER)
 
 
 class TensorRtRunner:
-    """Runs a bundle's engines through TensorRT. Calls from several threads are served one after the other."""
+    """Runs a bundle's engines through TensorRT. Calls from several threads are served one after the other.
 
-    def __init__(self, bundle: Bundle, driver: CudaDriver, *, most_graphs: int = MOST_GRAPHS) -> None:
+    capture: False launches everything plainly, to compare with or to look for a fault.
+    """
+
+    def __init__(
+        self, bundle: Bundle, driver: CudaDriver, *, most_graphs: int = MOST_GRAPHS, capture: bool = True
+    ) -> None:
         self._bundle = bundle
         self._lock = threading.Lock()
         self._closed = False
-        self._engines = DeviceEngines(bundle, driver, most_graphs=most_graphs)
+        self._engines = DeviceEngines(bundle, driver, most_graphs=most_graphs, capture=capture)
         self._steps: set[DeviceSteps] = set()
         try:
             for name in _OPENED_AT_ONCE:
@@ -67,6 +72,15 @@ class TensorRtRunner:
             steps = DeviceSteps(self._engines, self._lock, inputs=inputs, rows=rows, forget=self._steps.discard)
             self._steps.add(steps)
             return steps
+
+    def refit(self, component: str, weights: Mapping[str, Array]) -> None:
+        """Replace weights, under their names in the component's ONNX graph. Open steps keep their state.
+
+        Raises BackendError when the bundle was not built for that, or the engine has no such weights.
+        """
+        with self._lock:
+            self._check_open(component)
+            self._engines.refit(component, weights)
 
     def close(self) -> None:
         """See `Runner.close`."""

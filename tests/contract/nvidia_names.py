@@ -28,6 +28,7 @@ HOLDS = {
         "context": trt.IExecutionContext,
         "self.context": trt.IExecutionContext,
         "cache": trt.IRuntimeCache,
+        "refitter": trt.Refitter,
     },
     "engines/tensorrt_child.py": {
         "trt": trt,
