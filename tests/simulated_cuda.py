@@ -204,15 +204,17 @@ class SimulatedCuda:
 
     @staticmethod
     def session(path, weights):
+        import onnx
         import onnxruntime
 
+        model = onnx.load(path, load_external_data=False)
+        for tensor in model.graph.initializer:
+            if tensor.name in weights:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(weights[tensor.name], tensor.name))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        for name, array in weights.items():
-            options.add_initializer(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        session.weights = weights  # ONNX Runtime does not copy them
-        return session
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def close(self):
         kinds = ("blocks", "pinned", "streams", "graphs", "events", "contexts", "engines")
