@@ -34,6 +34,7 @@ from sdrt.errors import Cancelled
 from sdrt.files import check_replaceable, check_writable, staged_directory
 from sdrt.plan.rows import MAX_STATE_SLOTS
 from sdrt.progress import Progress
+from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32
 
 LANES_PER_IMAGE = 2  # with and without the prompt: classifier-free guidance
 
@@ -83,13 +84,13 @@ def _build(onnx_folder: Path, out: Path, options: BuildOptions, progress: Progre
         text_length=folder.model.text_length,
     )
     check_writable(out)
-    sources = [_source(name, folder, profile) for name in FOLDER_OF]
+    sources = [component_source(name, folder, profile) for name in FOLDER_OF]
     store = Store()
     with staged_directory(out, overwrite=options.overwrite) as staged, _work_folder(staged) as work:
         mixed = (
             _make_mixed_graphs(folder, sources, profile, work, store, options, progress) if precision == "fp16" else []
         )
-        ready = [graph.source for graph in mixed] or sources
+        ready = [*(graph.source for graph in mixed), *_float32_spares(mixed, sources)] or sources
         components = _make_components(builder, ready, precision, staged, store, progress)
         manifest = _unsealed(folder, builder, precision, profile, components, _copy_tokenizer(folder, staged))
         subject = Subject(
@@ -98,7 +99,7 @@ def _build(onnx_folder: Path, out: Path, options: BuildOptions, progress: Progre
             components=components,
             staged=staged,
             manifest=manifest,
-            emulated=() if builder.runs_here else tuple(graph.emulated for graph in mixed),
+            emulated=() if builder.runs_here else (*(graph.emulated for graph in mixed), *ready[len(mixed) :]),
         )
         evidence = gather_evidence(subject, store, options.threads, progress)
         manifest = _sealed(manifest, evidence, {graph.source.name: graph.islands for graph in mixed}, staged)
@@ -131,7 +132,14 @@ def _make_mixed_graphs(
     return graphs
 
 
-def _source(name: str, folder: OnnxFolder, profile: ShapeProfile) -> ComponentSource:
+def _float32_spares(mixed: Sequence[MixedGraph], sources: Sequence[ComponentSource]) -> list[ComponentSource]:
+    """The VAE's decoder once more in float32, for images at which halves overflow; none where it is float32 anyway."""
+    rounded = {graph.source.name for graph in mixed if not graph.islands.everything}
+    return [replace(source, name=VAE_DECODER_FLOAT32) for source in sources if source.name in rounded & {VAE_DECODER}]
+
+
+def component_source(name: str, folder: OnnxFolder, profile: ShapeProfile) -> ComponentSource:
+    """One of the folder's components, with everything that a builder may specialise it on."""
     return ComponentSource(
         name=name,
         onnx_path=folder.onnx_path(name),

@@ -22,6 +22,7 @@ from sdrt.engines.seal import check_component, check_image
 from sdrt.exported import GoldenRequest
 from sdrt.progress import Progress
 from sdrt.runners import open_runner
+from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32
 from sdrt.runners.cpu import cpu_features, cpu_name
 
 GOLDEN_FOLDER = "golden"
@@ -111,6 +112,11 @@ def _measure_against(
             progress("parity", done, total)
             slots = subject.manifest.state_slots
             parities[name] = check_component(runner, name, golden, precision=precision, slots=slots)
+        if VAE_DECODER_FLOAT32 in {component.name for component in bundle.manifest.components}:
+            golden = reference.results[VAE_DECODER]
+            parities[VAE_DECODER_FLOAT32] = check_component(
+                runner, VAE_DECODER_FLOAT32, golden, precision=precision, slots=subject.manifest.state_slots
+            )
     progress("parity", total - 1, total)
     with open_runner(bundle, threads=threads) as runner:
         image = check_image(bundle, runner, reference.request, reference.image, precision=precision)

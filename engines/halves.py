@@ -70,7 +70,7 @@ def make_mixed_graph(
     target = work / source.name
     target.mkdir(parents=True)
     weights = external_files(load_graph(source.onnx_path), source.onnx_path)
-    feeds = _calibration_feeds(source, inputs)
+    feeds = calibration_feeds(source, inputs)
     upcast_attention, force_upcast = _asks_for_float32(folder, source.name)
     key = cache_key(
         stage="half",
@@ -103,7 +103,7 @@ def make_mixed_graph(
     return MixedGraph(source=replace(source, onnx_path=target / MODEL_NAME, composed=True), report=report)
 
 
-def _calibration_feeds(source: ComponentSource, inputs: Mapping[str, Array]) -> Sequence[Mapping[str, Array]]:
+def calibration_feeds(source: ComponentSource, inputs: Mapping[str, Array]) -> Sequence[Mapping[str, Array]]:
     """The golden inputs; for the network, at the ends of the schedule too."""
     if source.name != STEP:
         return [inputs]

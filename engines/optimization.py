@@ -7,7 +7,7 @@ from types import MappingProxyType
 from sdrt.bundle import ShapeProfile, TensorSpec
 from sdrt.engines.base import ComponentSource
 from sdrt.errors import BuildError
-from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER
 from sdrt.vae import tile_for
 
 HOT_SIZES = 4  # sizes of a list that get a profile of their own; each costs building time and engine size
@@ -17,6 +17,7 @@ _DIMENSIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         TEXT_ENCODER: {"input_ids": ("batch", "length")},
         VAE_DECODER: {"latent_sample": ("batch", "channels", "height", "width")},
+        VAE_DECODER_FLOAT32: {"latent_sample": ("batch", "channels", "height", "width")},
         VAE_ENCODER: {"sample": ("batch", "channels", "height", "width")},
         STEP: {
             "state": ("requests", "slots", "channels", "height", "width"),
@@ -67,7 +68,7 @@ def _ranges(source: ComponentSource) -> list[dict[str, Range]]:
     length = {"length": _fixed(profile.text_length)}
     if source.name == TEXT_ENCODER:
         return [length | {"batch": _fixed(1)}]
-    if source.name in (VAE_DECODER, VAE_ENCODER):
+    if source.name in (VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER):
         return [_vae_ranges(source)]
     if source.name != STEP:
         raise BuildError(f"{source.name} is no component that TensorRT builds", hint="update sdrt")

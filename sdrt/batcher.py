@@ -97,6 +97,7 @@ class _Active:
     step_seconds: list[float] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
     vae_decoder_seconds: float = 0.0
+    float32_decodes: int = 0
 
     @property
     def size(self) -> Size:
@@ -345,13 +346,14 @@ class Batcher:
         item = next((item for item in self._active if item.finished), None)
         if item is None:
             return
-        began = time.perf_counter()
+        began, decoded_before = time.perf_counter(), self._pipeline.float32_decodes
         try:
             item.images.append(self._pipeline.decode_trajectory(item.prepared.trajectories[len(item.images)]))
         except Exception as error:  # a failed decode is this request's alone
             self._leave(item, error)
             return
         item.vae_decoder_seconds += time.perf_counter() - began
+        item.float32_decodes += self._pipeline.float32_decodes - decoded_before
         if len(item.images) == len(item.prepared.trajectories):
             self._leave(item, self._result(item))
 
@@ -362,6 +364,7 @@ class Batcher:
             step_seconds=tuple(item.step_seconds),
             vae_decoder_seconds=item.vae_decoder_seconds,
             began=item.began,
+            float32_decodes=item.float32_decodes,
         )
 
     def _is_cancelled(self, ticket: Ticket) -> bool:

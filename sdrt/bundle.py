@@ -82,6 +82,11 @@ class Float32Islands:
     by_rule: dict[str, int]
     measured: tuple[MeasuredIsland, ...]
 
+    @property
+    def everything(self) -> bool:
+        """Whether the whole graph is in float32."""
+        return sum(self.by_rule.values()) + len(self.measured) >= self.nodes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentRecord:

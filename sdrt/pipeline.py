@@ -19,14 +19,15 @@ from sdrt.image import from_pixels, to_images
 from sdrt.noise import GENERATORS, TorchGenerator
 from sdrt.request import Request, ResolvedRequest, resolve_request
 from sdrt.runners import open_runner
-from sdrt.runners.base import FloatArray, Runner
+from sdrt.runners.base import VAE_DECODER_FLOAT32, FloatArray, Runner
 from sdrt.step_batch import Faults, StepBatch, open_batch
 from sdrt.text import PromptEncoder
 from sdrt.tokenizer import Tokenizer
 from sdrt.trajectory import Trajectory, start_trajectory
-from sdrt.vae import decode_latents, encode_image, tile_for
+from sdrt.vae import Spare, decode_latents, encode_image, tile_for
 
 _LONGEST_QUOTE = 200  # characters
+_OVERFLOWED = "the VAE overflowed in float16, so it decoded again in float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +116,9 @@ class Pipeline:
         self.runner = runner
         tokenizer = Tokenizer.load(bundle.path / "tokenizer", max_length=model.text_length)
         self._prompts = PromptEncoder(tokenizer, runner)
+        self.float32_decodes = 0  # tiles that the VAE decoded again in float32, because float16 had overflowed
+        has_spare = any(component.name == VAE_DECODER_FLOAT32 for component in manifest.components)
+        self._spare = Spare(component=VAE_DECODER_FLOAT32, used=self._count_float32_decode) if has_spare else None
         self._tile = tile_for(model.default_height, model.default_width, model.vae_downsample)
 
     @classmethod
@@ -191,8 +195,12 @@ class Pipeline:
         vae_decoder_seconds: float,
         began: float,
         gap_seconds: float | None = None,
+        float32_decodes: int = 0,
     ) -> Result:
-        """The result of finished trajectories and their images. `began` is the start on time.perf_counter."""
+        """The result of finished trajectories and their images. `began` is the start on time.perf_counter.
+
+        float32_decodes: by how much the pipeline's count of them grew with these images.
+        """
         manifest = self.bundle.manifest
         return Result(
             images=images,
@@ -205,7 +213,7 @@ class Pipeline:
                 total_seconds=time.perf_counter() - began,
                 gap_seconds=gap_seconds,
             ),
-            warnings=prepared.warnings,
+            warnings=prepared.warnings + ((_OVERFLOWED,) if float32_decodes else ()),
             made_with={
                 "model": manifest.model.name,
                 "model_identity": manifest.model.identity,
@@ -287,7 +295,7 @@ class Pipeline:
                 yield StepEvent(row=row, rows=rows, latents=now, preview=shown)
             seconds = [batch.take_seconds() for batch in batches]
             gaps = [gap for batch in batches if (gap := batch.gap_seconds()) is not None]
-        decoding = time.perf_counter()
+        decoding, decoded_before = time.perf_counter(), self.float32_decodes
         images = tuple(self.decode_trajectory(trajectory) for trajectory in prepared.trajectories)
         result = self.finish(
             prepared,
@@ -296,6 +304,7 @@ class Pipeline:
             vae_decoder_seconds=time.perf_counter() - decoding,
             began=began,
             gap_seconds=sum(gaps) if gaps else None,
+            float32_decodes=self.float32_decodes - decoded_before,
         )
         shown = images if preview else None
         yield StepEvent(row=rows, rows=rows, latents=result.latents, preview=shown, result=result)
@@ -329,8 +338,12 @@ class Pipeline:
             scaling_factor=model.vae_scaling_factor,
             vae_downsample=model.vae_downsample,
             tile=self._tile,
+            spare=self._spare,
         )
         return tuple(to_images(sample))
+
+    def _count_float32_decode(self) -> None:
+        self.float32_decodes += 1
 
 
 def _raise_first(faults: Faults) -> None:

@@ -22,6 +22,14 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spare:
+    """Another decoder of the bundle, in higher precision. used: called each time that it has to help."""
+
+    component: str
+    used: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
     """Where a tile lies along one axis, in latent pixels: [start, start + size)."""
 
@@ -46,19 +54,27 @@ def decode_latents(
     vae_downsample: int,
     tile: int = DEFAULT_TILE,
     progress: Progress = silent,
+    spare: Spare | None = None,
 ) -> FloatArray:
     """Images from latents.
 
     latents: float32 [B, C, h, w], as the sampler leaves them. Returns float32 [B, 3, H, W] in about [-1, 1],
     not clipped. Above `tile` latent pixels a side, tiles of that size are decoded and blended. `progress` is
     called with (VAE_DECODER, tiles done, tiles in all); what it raises stops the work.
-    Raises ParityError when the latents or an engine's result are not finite.
+    spare: what decodes a tile again, when the decoder's own result is not finite.
+    Raises ParityError when the latents, or in the end an engine's result, are not finite.
     """
     _check_batch(latents, "the latents")
     _check_finite(latents, "the latents", "build the bundle again with --precision fp32, or ask for less guidance")
 
     def decode(piece: FloatArray) -> FloatArray:
-        return _run_checked(runner, VAE_DECODER, "latent_sample", "sample", piece)
+        if spare is None:
+            return _run_checked(runner, VAE_DECODER, "latent_sample", "sample", piece)
+        sample = runner.run(VAE_DECODER, {"latent_sample": piece})["sample"]
+        if np.isfinite(sample).all():
+            return sample
+        spare.used()
+        return _run_checked(runner, spare.component, "latent_sample", "sample", piece)
 
     plan = _TilePlan.of(latents.shape[2:], tile=tile, scale_in=1, scale_out=vae_downsample)
     unscaled = latents / np.float32(scaling_factor)

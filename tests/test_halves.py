@@ -7,7 +7,7 @@ import pytest
 
 from sdrt.cache import Store
 from sdrt.engines import halves
-from sdrt.engines.build import _source
+from sdrt.engines.build import component_source
 from sdrt.engines.halves import make_mixed_graph
 from sdrt.engines.onnx_folder import read_onnx_folder
 from sdrt.engines.profile import parse_profile
@@ -40,7 +40,7 @@ def make(model, tmp_path):
         work = tmp_path / f"work-{next(count)}"
         inputs = golden_inputs(folder, profile)[component]
         return make_mixed_graph(
-            _source(component, folder, profile), folder, inputs, work, Store(tmp_path / "cache"), threads=1
+            component_source(component, folder, profile), folder, inputs, work, Store(tmp_path / "cache"), threads=1
         )
 
     return make

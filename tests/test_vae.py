@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdrt.errors import BundleError, Cancelled, ParityError, RequestError
-from sdrt.vae import blend_weights, decode_latents, encode_image, tile_for, tile_spans
+from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32
+from sdrt.vae import Spare, blend_weights, decode_latents, encode_image, tile_for, tile_spans
 
 FACTOR = 8
 SCALING = 0.5
@@ -67,6 +68,20 @@ class SpoiltVae(PointwiseVae):
         if len(self.shapes) == self.spoilt_run:
             result[..., -1, -1] = self.value
         return result
+
+
+class TwoDecoders(PointwiseVae):
+    """Two decoders of one VAE, of which those named give NaN."""
+
+    def __init__(self, spoilt: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.spoilt = spoilt
+        self.asked: list[str] = []
+
+    def run(self, component: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.asked.append(component)
+        sample = super().run(VAE_DECODER, feeds)["sample"]
+        return {"sample": np.full_like(sample, np.nan) if component in self.spoilt else sample}
 
 
 def latents_of(height: int, width: int, batch: int = 1) -> np.ndarray:
@@ -172,6 +187,31 @@ def test_a_decoder_that_overflows_in_any_tile_is_an_error(value, run):
     with pytest.raises(ParityError, match="vae_decoder") as caught:
         decode(SpoiltVae(value, run), latents_of(9, 9), tile=8)
     assert "fp32" in caught.value.hint
+
+
+class TestSpareDecoder:
+    """What decodes again in higher precision, when the decoder's own result is not finite."""
+
+    def decoded(self, runner):
+        used = []
+        spare = Spare(component=VAE_DECODER_FLOAT32, used=lambda: used.append(1))
+        return decode(runner, latents_of(9, 9), tile=8, spare=spare), len(used)
+
+    def test_is_left_alone_by_a_finite_result(self):
+        sample, used = self.decoded(runner := TwoDecoders())
+        assert used == 0
+        assert VAE_DECODER_FLOAT32 not in runner.asked
+        assert np.isfinite(sample).all()
+
+    def test_takes_over_when_the_decoder_overflows(self):
+        runner = TwoDecoders(spoilt=(VAE_DECODER,))
+        sample, used = self.decoded(runner)
+        assert used == runner.asked.count(VAE_DECODER_FLOAT32) == 4  # each of the four tiles
+        np.testing.assert_array_equal(sample, self.decoded(TwoDecoders())[0])
+
+    def test_that_overflows_too_is_an_error(self):
+        with pytest.raises(ParityError, match="the result of vae_decoder_float32"):
+            self.decoded(TwoDecoders(spoilt=(VAE_DECODER, VAE_DECODER_FLOAT32)))
 
 
 def test_an_encoder_that_overflows_is_an_error_before_its_variance_is_clipped():

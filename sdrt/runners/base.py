@@ -18,6 +18,7 @@ TEXT_ENCODER = "text_encoder"
 STEP = "step"
 VAE_DECODER = "vae_decoder"
 VAE_ENCODER = "vae_encoder"
+VAE_DECODER_FLOAT32 = "vae_decoder_float32"  # of FP16 bundles: what decodes again when the other one overflows
 
 
 class Runner(Protocol):
@@ -28,6 +29,7 @@ class Runner(Protocol):
     - `text_encoder`: input_ids [B, L] → last_hidden_state float32 [B, L, d]
     - `step`: the inputs of the step graph (`docs/architecture.md`) → next_state float32 [R, n, C, h, w]
     - `vae_decoder`: latent_sample float32 [B, C, h, w] → sample float32 [B, 3, H, W] in about [-1, 1]
+    - `vae_decoder_float32`: the same, in bundles whose `vae_decoder` is not float32 throughout
     - `vae_encoder`: sample float32 [B, 3, H, W] → latent_parameters float32 [B, 2C, h, w] (mean, log-variance)
     """
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from sdrt.bundle import Bundle, ComponentRecord
-from sdrt.runners.base import VAE_DECODER
+from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -18,7 +18,8 @@ def usual_shapes(bundle: Bundle, component: ComponentRecord) -> Shapes | None:
     if len(profile.sizes) != 1 or profile.max_batch != 1:
         return None
     height, width = profile.sizes[0]
-    if component.name == VAE_DECODER and max(height, width) > max(model.default_height, model.default_width):
+    decodes = component.name in (VAE_DECODER, VAE_DECODER_FLOAT32)
+    if decodes and max(height, width) > max(model.default_height, model.default_width):
         return None
     known = {
         "batch": 1,
