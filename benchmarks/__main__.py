@@ -74,7 +74,9 @@ def _compare(
     threads = available_cores() if options.threads is None else options.threads
     rounds = ROUNDS[options.suite] if options.rounds is None else options.rounds
     progress("getting the contestants ready", 0, 1)
-    specs = subjects.contestants_of(subject, threads=threads, genai_python=options.genai_python, work=options.work)
+    specs = subjects.contestants_of(
+        subject, threads=threads, provider=options.provider, genai_python=options.genai_python, work=options.work
+    )
     records = compare(
         specs,
         subject.cases,
@@ -92,6 +94,7 @@ def _compare(
         bundle=_describe(bundle),
         settings={
             "threads": threads,
+            **({} if options.provider is None else {"provider": options.provider}),
             "rounds": rounds,
             "warm-up rounds": options.warmup,
             "cold starts": len(records[0].starts),
@@ -148,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", default=PROMPT, help="of the suite plain")
     parser.add_argument("--contestants", metavar="A,B", help=f"of sdrt, {', '.join(subjects.PEERS)}")
     parser.add_argument("--threads", type=int, help="for every contestant; default: every core")
+    parser.add_argument("--provider", help="of sdrt, for an onnxruntime bundle; default: cpu")
     parser.add_argument("--precision", default="auto", help="of the bundle that --suite sd15 builds")
     parser.add_argument("--work", type=Path, default=Path("build/sd15"), help="where checkpoints and conversions go")
     parser.add_argument("--genai-python", type=Path, default=Path(".venv-peers/bin/python"))

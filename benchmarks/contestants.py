@@ -38,7 +38,10 @@ class ContestantSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Drawing:
-    """One picture, uint8 [H, W, 3], and where its seconds went. `step_seconds`: one entry a network evaluation."""
+    """One picture, uint8 [H, W, 3], and where its seconds went. `step_seconds`: one entry a network evaluation.
+
+    gpu_bytes: memory of the GPU that the process holds; gap_seconds: how long in all the GPU waited between steps.
+    """
 
     picture: Picture
     total_seconds: float
@@ -46,6 +49,8 @@ class Drawing:
     step_seconds: tuple[float, ...]
     vae_decoder_seconds: float
     peak_bytes: int
+    gpu_bytes: int | None = None
+    gap_seconds: float | None = None
 
 
 class Contestant:
@@ -89,6 +94,8 @@ class Contestant:
             step_seconds=tuple(timings["step_seconds"]),
             vae_decoder_seconds=timings["vae_decoder_seconds"],
             peak_bytes=timings["peak_bytes"],
+            gpu_bytes=timings.get("gpu_bytes"),
+            gap_seconds=timings.get("gap_seconds"),
         )
 
     def close(self) -> None:
@@ -156,18 +163,24 @@ class Contestant:
         )
 
 
-def compiled(bundle: Path, *, threads: int | None) -> ContestantSpec:
-    """This runtime on a bundle."""
+def compiled(
+    bundle: Path, *, threads: int | None, provider: str | None = None, watch_gpu: bool = False
+) -> ContestantSpec:
+    """This runtime on a bundle. watch_gpu: report the memory that it takes of a GPU."""
     command = (sys.executable, "-m", "sdrt.benchmarks.baselines.compiled", str(bundle))
-    return ContestantSpec(name=SDRT, command=(*command, *_threads(threads)))
+    flags = (*([] if provider is None else ["--provider", provider]), *(["--watch-gpu"] if watch_gpu else []))
+    return ContestantSpec(name=SDRT, command=(*command, *flags, *_threads(threads)))
 
 
-def pytorch(model: Path, precision: str, *, threads: int | None, compile_unet: bool = False) -> ContestantSpec:
-    """diffusers, eager or with torch.compile."""
+def pytorch(
+    model: Path, precision: str, *, threads: int | None, compile_unet: bool = False, cuda: bool = False
+) -> ContestantSpec:
+    """diffusers, eager or with torch.compile, on the CPU or on a GPU."""
     command = (sys.executable, "-m", "sdrt.benchmarks.baselines.pytorch", str(model), "--precision", precision)
     suffix = "compile" if compile_unet else "eager"
-    flags = ("--compile",) if compile_unet else ()
-    return ContestantSpec(name=f"PyTorch {suffix} {precision}", command=(*command, *flags, *_threads(threads)))
+    flags = (*(["--compile"] if compile_unet else []), *(["--cuda"] if cuda else []))
+    where = " CUDA" if cuda else ""
+    return ContestantSpec(name=f"PyTorch {suffix} {precision}{where}", command=(*command, *flags, *_threads(threads)))
 
 
 def openvino_genai(model_ir: Path, python: Path, *, threads: int | None) -> ContestantSpec:

@@ -197,6 +197,8 @@ def _timings(drawing: Drawing) -> dict[str, JsonValue]:
         "step_seconds": list(drawing.step_seconds),
         "vae_decoder_seconds": drawing.vae_decoder_seconds,
         "peak_bytes": drawing.peak_bytes,
+        "gpu_bytes": drawing.gpu_bytes,
+        "gap_seconds": drawing.gap_seconds,
     }
 
 

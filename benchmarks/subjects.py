@@ -14,7 +14,8 @@ from sdrt.bundle import Bundle, JsonValue
 from sdrt.errors import CheckpointError, RequestError
 from sdrt.progress import Progress
 
-PEERS = ("pytorch-fp32", "pytorch-bf16", "pytorch-compile", "openvino-genai")
+CUDA_PEERS = ("pytorch-cuda-fp16", "pytorch-cuda-compile")
+PEERS = ("pytorch-fp32", "pytorch-bf16", "pytorch-compile", "openvino-genai", *CUDA_PEERS)
 DEFAULT_PEERS = ("pytorch-fp32", "pytorch-bf16")
 SD15_PEERS = (*DEFAULT_PEERS, "openvino-genai")
 SUITES = ("plain", "shapes", "sd15")
@@ -126,9 +127,11 @@ def judged(subject: Subject, suite: str) -> Subject:
     return replace(subject, wanted_share=lambda pictures: shapes.wanted_share(pictures, prompts))
 
 
-def contestants_of(subject: Subject, *, threads: int, genai_python: Path, work: Path) -> list[ContestantSpec]:
+def contestants_of(
+    subject: Subject, *, threads: int, provider: str | None = None, genai_python: Path, work: Path
+) -> list[ContestantSpec]:
     """This runtime and the peers, converting the checkpoint for those that need it. Raises BuildError."""
-    specs = [contestants.compiled(subject.bundle, threads=threads)]
+    specs = [contestants.compiled(subject.bundle, threads=threads, provider=provider)]
     if subject.baseline is None:
         return specs
     model = subject.baseline
@@ -139,6 +142,9 @@ def contestants_of(subject: Subject, *, threads: int, genai_python: Path, work: 
             ensure_peers(genai_python)
             convert_for_genai(model, converted, genai_python)
             specs.append(contestants.openvino_genai(converted, genai_python, threads=threads))
+        elif name in CUDA_PEERS:
+            compiles = name == "pytorch-cuda-compile"
+            specs.append(contestants.pytorch(model, "fp16", threads=threads, compile_unet=compiles, cuda=True))
         else:
             precision = "bf16" if name == "pytorch-bf16" else "fp32"
             compiles = name == "pytorch-compile"

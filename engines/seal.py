@@ -155,5 +155,5 @@ def _advice(precision: Precision) -> str:
     if precision == "fp32":
         return "nothing was sealed; export the checkpoint again, or try the other --backend"
     if precision == "fp16":
-        return "nothing was sealed; build it with --backend openvino or onnxruntime, and report the model"
+        return "nothing was sealed; build it with --backend openvino or --precision fp32, and report the model"
     return "nothing was sealed; build it with --precision fp32"

@@ -48,11 +48,14 @@ _HOMES = {
 }
 
 
-def open(path: "Path | str", *, threads: int | None = None) -> "Pipeline":
-    """Open a bundle for drawing. Raises BundleError or BackendError."""
+def open(path: "Path | str", *, threads: int | None = None, provider: str | None = None) -> "Pipeline":
+    """Open a bundle for drawing. Raises BundleError, BackendError, or RequestError.
+
+    provider: for ONNX Runtime bundles, where they run: "cpu" (the default), "cuda", "tensorrt" or "tensorrt-rtx".
+    """
     from sdrt.pipeline import Pipeline
 
-    return Pipeline.open(path, threads=threads)
+    return Pipeline.open(path, threads=threads, provider=provider)
 
 
 def __getattr__(name: str) -> object:

@@ -122,10 +122,10 @@ class Pipeline:
         self._tile = tile_for(model.default_height, model.default_width, model.vae_downsample)
 
     @classmethod
-    def open(cls, path: Path | str, *, threads: int | None = None) -> Self:
-        """Open a bundle and its engines. Raises BundleError, BackendError."""
+    def open(cls, path: Path | str, *, threads: int | None = None, provider: str | None = None) -> Self:
+        """Open a bundle and its engines; see `open_runner`. Raises BundleError, BackendError, RequestError."""
         bundle = Bundle.open(path)
-        runner = open_runner(bundle, threads=threads)
+        runner = open_runner(bundle, threads=threads, provider=provider)
         try:
             return cls(bundle, runner)
         except BaseException:  # nobody else can release the engines

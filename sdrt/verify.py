@@ -13,6 +13,7 @@ from sdrt.pipeline import Pipeline
 from sdrt.progress import Progress, silent
 from sdrt.request import Request
 from sdrt.runners import open_runner
+from sdrt.runners.providers import choose_provider
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,17 +31,21 @@ class Verification:
     completed: bool
 
 
-def verify_bundle(bundle: Bundle, *, threads: int | None = None, progress: Progress = silent) -> Verification:
+def verify_bundle(
+    bundle: Bundle, *, threads: int | None = None, provider: str | None = None, progress: Progress = silent
+) -> Verification:
     """Check a bundle as a whole on this machine; complete the seal of one that was built without its device.
 
-    BundleError: a file is not the one that was sealed. BackendError: the engines do not run here.
+    provider: see `open_runner`. BundleError: a file is not the one that was sealed. BackendError: the engines do not
+    run here. RequestError: the backend has no such provider.
     ParityError: they run, but do not make the golden image.
     """
     began = time.perf_counter()
+    choose_provider(provider, bundle.manifest.backend)  # before minutes of hashing
     verify_files(bundle, progress)
     golden = bundle.manifest.golden
     expected = read_golden_image(bundle)
-    made = _draw(bundle, golden, threads, progress)
+    made = _draw(bundle, golden, threads, provider, progress)
     parity = image_parity(made, expected, metric=golden.parity.metric, bound=golden.parity.bound)
     if not meets(parity):
         raise ParityError(
@@ -84,7 +89,9 @@ def read_golden_image(bundle: Bundle) -> Pixels:
     return pixels
 
 
-def _draw(bundle: Bundle, golden: GoldenRecord, threads: int | None, progress: Progress) -> Pixels:
+def _draw(
+    bundle: Bundle, golden: GoldenRecord, threads: int | None, provider: str | None, progress: Progress
+) -> Pixels:
     progress("loading the engines", 0, 1)
     request = Request(
         prompt=golden.prompt,
@@ -94,7 +101,7 @@ def _draw(bundle: Bundle, golden: GoldenRecord, threads: int | None, progress: P
         height=golden.height,
         width=golden.width,
     )
-    with Pipeline(bundle, open_runner(bundle, threads=threads)) as pipeline:
+    with Pipeline(bundle, open_runner(bundle, threads=threads, provider=provider)) as pipeline:
         for event in pipeline.stream(request, latents=False):
             progress("golden image", event.row, event.rows)
             if event.result is not None:

@@ -19,6 +19,7 @@ from sdrt.engines.openvino import OpenVinoBuilder
 from sdrt.errors import BuildError, Cancelled, CheckpointError, OutputError, ParityError, RequestError
 from sdrt.pipeline import Pipeline
 from sdrt.progress import silent
+from sdrt.runners.base import VAE_DECODER_FLOAT32
 from sdrt.runners.cpu import native_precision
 
 OPTIONS = BuildOptions(backend="openvino", precision="fp32", sizes="64..128", threads=1)
@@ -123,6 +124,24 @@ def test_an_unsupported_pair_is_a_build_error_that_names_the_choices(tiny_export
     with pytest.raises(BuildError, match=precision) as refusal:
         build_with(tiny_export, tmp_path / "a.sdrt", backend=backend, precision=precision)
     assert "fp32" in refusal.value.hint
+
+
+def test_onnxruntime_in_fp16_is_the_mixed_graph_and_nothing_beside_it(tiny_export, tmp_path):
+    manifest = build_with(tiny_export, tmp_path / "a.sdrt", backend="onnxruntime", precision="fp16")
+    assert (manifest.precision, manifest.backend.device, manifest.device_verified) == ("fp16", "cpu", True)
+    assert manifest.golden.parity.measured >= manifest.golden.parity.bound == 35
+    for component in manifest.components:
+        graph = onnx.load(tmp_path / "a.sdrt" / component.files[0].path, load_external_data=False).graph
+        assert {spec.dtype for spec in component.outputs} == {"float32"}
+        halves = onnx.TensorProto.FLOAT16 in {weight.data_type for weight in graph.initializer}
+        assert halves is (component.name != VAE_DECODER_FLOAT32)
+        if halves:
+            assert component.islands.by_rule["statistics"] > 0
+        else:
+            assert component.islands is None
+            assert component.parity.measured <= component.parity.bound == 2e-4
+    verify_files(Bundle.open(tmp_path / "a.sdrt"))
+    assert not list((tmp_path / "a.sdrt").rglob("emulated*"))
 
 
 @pytest.mark.parametrize("changes", [{"backend": "cuda"}, {"precision": "fp8"}, {"sizes": "65x64"}, {"batch": "0"}])

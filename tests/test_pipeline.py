@@ -141,7 +141,7 @@ def test_a_pipeline_that_cannot_be_made_releases_its_engines(fake, monkeypatch, 
     runner = FakeRunner()
     (tmp_path / "tokenizer" / "vocab.json").unlink()
     monkeypatch.setattr("sdrt.pipeline.Bundle.open", lambda path: bundle)
-    monkeypatch.setattr("sdrt.pipeline.open_runner", lambda bundle, threads: runner)
+    monkeypatch.setattr("sdrt.pipeline.open_runner", lambda bundle, threads, provider: runner)
     with pytest.raises(SdrtError):
         Pipeline.open(tmp_path)
     with pytest.raises(BackendError, match="closed"):

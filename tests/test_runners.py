@@ -15,7 +15,6 @@ from sdrt import runners
 from sdrt.bundle import BackendRecord, Bundle, ComponentRecord, ParityRecord, TensorSpec, record_file
 from sdrt.errors import BackendError, BundleError, RequestError
 from sdrt.runners import cpu, open_runner
-from sdrt.runners.onnxruntime import check_providers
 
 SPEC = importlib.util.spec_from_file_location("small_bundle", Path(__file__).parent / "small_bundle.py")
 small_bundle = importlib.util.module_from_spec(SPEC)
@@ -435,13 +434,6 @@ def test_features_that_the_cpu_has_are_enough(tmp_path, monkeypatch):
 def test_no_threads_is_a_request_error(tmp_path, threads):
     with pytest.raises(RequestError, match=f"threads is {threads}"):
         open_runner(needs(tmp_path), threads=threads)
-
-
-def test_onnxruntime_on_another_provider_than_asked_is_an_error():
-    check_providers(["CPUExecutionProvider"])
-    for actual in ([], ["AzureExecutionProvider", "CPUExecutionProvider"]):
-        with pytest.raises(BackendError, match="as asked"):
-            check_providers(actual)
 
 
 def test_onnxruntime_that_falls_back_is_refused_on_opening(copied, monkeypatch):

@@ -1,4 +1,4 @@
-"""sdrt as a contestant: python -m sdrt.benchmarks.baselines.compiled BUNDLE [--threads N]."""
+"""sdrt as a contestant: python -m sdrt.benchmarks.baselines.compiled BUNDLE [--threads N] [--provider NAME]."""
 
 import argparse
 from collections.abc import Callable
@@ -14,8 +14,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--provider")
+    parser.add_argument("--watch-gpu", action="store_true")
     options = parser.parse_args()
-    serve(_imports, lambda: _load(options), lambda: {"version": f"sdrt {sdrt.__version__}"})
+    described = {"version": f"sdrt {sdrt.__version__}"}
+    serve(_imports, lambda: _load(options), lambda: described, watch_gpu=options.watch_gpu)
 
 
 def _imports() -> None:
@@ -26,7 +29,7 @@ def _load(options: argparse.Namespace) -> Callable[[Case], Drawn]:
     from sdrt.text import PromptEncoder
     from sdrt.tokenizer import Tokenizer
 
-    pipeline = sdrt.open(options.bundle, threads=options.threads)
+    pipeline = sdrt.open(options.bundle, threads=options.threads, provider=options.provider)
     bundle = pipeline.bundle
     tokenizer = Tokenizer.load(bundle.path / "tokenizer", max_length=bundle.manifest.model.text_length)
 
@@ -39,6 +42,7 @@ def _load(options: argparse.Namespace) -> Callable[[Case], Drawn]:
             "text_encoder_seconds": timings.text_encoder_seconds,
             "step_seconds": list(timings.step_seconds),
             "vae_decoder_seconds": timings.vae_decoder_seconds,
+            "gap_seconds": timings.gap_seconds,
         }
 
     return draw

@@ -7,6 +7,7 @@ without sdrt.
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,13 +21,19 @@ Drawn = tuple[Any, dict[str, Any]]
 
 
 def serve(
-    imports: Callable[[], object], load: Callable[[], Callable[[Case], Drawn]], describe: Callable[[], dict[str, Any]]
+    imports: Callable[[], object],
+    load: Callable[[], Callable[[Case], Drawn]],
+    describe: Callable[[], dict[str, Any]],
+    *,
+    watch_gpu: bool = False,
 ) -> None:
     """Import and load once, then draw until the parent closes the stream.
 
     `draw` returns the image, uint8 [H, W, 3], and its timings: text_encoder_seconds, step_seconds (one entry a
-    network evaluation), vae_decoder_seconds. Its wall time and the process's peak memory are added here.
+    network evaluation), vae_decoder_seconds. Its wall time and the process's peak memory are added here; with
+    watch_gpu also by how much more of the GPU's memory is in use than before the process began.
     """
+    before = gpu_bytes() if watch_gpu else None
     own = os.dup(1)
     os.dup2(2, 1)  # prints of libraries go to standard error
     with os.fdopen(own, "w", encoding="utf-8") as stream:
@@ -43,7 +50,9 @@ def serve(
             image, timings = draw(message["draw"])
             total = time.perf_counter() - began
             np.save(message["image"], np.asarray(image, np.uint8))
-            _say(stream, {"drawn": {"total_seconds": total, "peak_bytes": peak_bytes(), **timings}})
+            on_gpu = None if before is None else gpu_bytes() - before
+            memory = {"peak_bytes": peak_bytes(), "gpu_bytes": on_gpu}
+            _say(stream, {"drawn": {"total_seconds": total, **memory, **timings}})
 
 
 def peak_bytes(process: str = "self") -> int:
@@ -51,6 +60,12 @@ def peak_bytes(process: str = "self") -> int:
     status = Path("/proc", process, "status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
+
+
+def gpu_bytes() -> int:
+    """What all processes together use of the first GPU's memory."""
+    query = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
 
 
 def _say(stream: Any, message: dict[str, Any]) -> None:

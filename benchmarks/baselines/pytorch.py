@@ -1,4 +1,4 @@
-"""diffusers on PyTorch as a contestant: python -m sdrt.benchmarks.baselines.pytorch MODEL [--precision bf16]."""
+"""diffusers on PyTorch as a contestant: python -m sdrt.benchmarks.baselines.pytorch MODEL [--cuda] [--compile]."""
 
 import argparse
 import time
@@ -9,6 +9,7 @@ import numpy as np
 
 from sdrt.benchmarks.baselines.protocol import Case, Drawn, serve
 
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -21,11 +22,12 @@ def main() -> None:
     """Load the pipeline and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
-    serve(_imports, lambda: _load(options), _describe)
+    serve(_imports, lambda: _load(options), _describe, watch_gpu=options.cuda)
 
 
 def _imports() -> None:
@@ -39,25 +41,30 @@ def _load(options: argparse.Namespace) -> Callable[[Case], Drawn]:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    kind = torch.float32 if options.precision == "fp32" else torch.bfloat16
+    kind = getattr(torch, PRECISIONS[options.precision])
     pipeline = StableDiffusionPipeline.from_pretrained(
         options.model, torch_dtype=kind, safety_checker=None, requires_safety_checker=False, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
+    if options.cuda:
+        pipeline.to("cuda")
     if options.compile:
-        pipeline.unet = torch.compile(pipeline.unet)
+        # CUDA graphs, which is what "reduce-overhead" means, are for CUDA.
+        mode = {"mode": "reduce-overhead", "fullgraph": True} if options.cuda else {}
+        pipeline.unet = torch.compile(pipeline.unet, **mode)
+    clock = _device_clocked if options.cuda else _clocked
     clocks = {
-        "text_encoder": _clocked(pipeline.text_encoder, "forward"),
-        "unet": _clocked(pipeline.unet, "forward"),
-        "vae": _clocked(pipeline.vae, "decode"),
+        "text_encoder": clock(pipeline.text_encoder, "forward"),
+        "unet": clock(pipeline.unet, "forward"),
+        "vae": clock(pipeline.vae, "decode"),
     }
     own = pipeline.scheduler
 
     def draw(case: Case) -> Drawn:
         import diffusers
 
-        for times in clocks.values():
-            times.clear()
+        for reading in clocks.values():
+            reading()
         arguments = dict(case)
         generator = torch.Generator("cpu").manual_seed(arguments.pop("seed"))
         name = arguments.pop("scheduler", None)
@@ -66,16 +73,16 @@ def _load(options: argparse.Namespace) -> Callable[[Case], Drawn]:
             pipeline.scheduler = getattr(diffusers, class_name).from_config(own.config, **overrides)
         image = pipeline(generator=generator, **arguments).images[0]
         return np.asarray(image), {
-            "text_encoder_seconds": sum(clocks["text_encoder"]),
-            "step_seconds": list(clocks["unet"]),
-            "vae_decoder_seconds": sum(clocks["vae"]),
+            "text_encoder_seconds": sum(clocks["text_encoder"]()),
+            "step_seconds": clocks["unet"](),
+            "vae_decoder_seconds": sum(clocks["vae"]()),
         }
 
     return draw
 
 
-def _clocked(module: Any, method: str) -> list[float]:
-    """Time every call of `module.method` without changing what it does; the list grows by one a call."""
+def _clocked(module: Any, method: str) -> Callable[[], list[float]]:
+    """Time every call of `module.method` without changing what it does; the result gives the seconds, once."""
     times: list[float] = []
     original = getattr(module, method)
 
@@ -86,7 +93,36 @@ def _clocked(module: Any, method: str) -> list[float]:
         return result
 
     setattr(module, method, timed)
-    return times
+    return lambda: _emptied(times)
+
+
+def _device_clocked(module: Any, method: str) -> Callable[[], list[float]]:
+    """The same by the GPU's own clock: the host returns before the work is done, and must not wait for it."""
+    import torch
+
+    pairs: list[tuple[Any, Any]] = []
+    original = getattr(module, method)
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = original(*arguments, **options)
+        end.record()
+        pairs.append((start, end))
+        return result
+
+    def read() -> list[float]:
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in _emptied(pairs)]
+
+    setattr(module, method, timed)
+    return read
+
+
+def _emptied(items: list[Any]) -> list[Any]:
+    taken = list(items)
+    items.clear()
+    return taken
 
 
 def _describe() -> dict[str, Any]:

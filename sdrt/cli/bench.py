@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sdrt.cli.options import AsJson, Force, Threads, model_folder, parse_size
+from sdrt.cli.options import AsJson, Force, OnProvider, Threads, model_folder, parse_size
 from sdrt.cli.stages import BENCHMARKS, EXPORT, check_installed, run_stage
 from sdrt.cli.terminal import emit, facts, print_warning, progress_bar
 from sdrt.errors import RequestError
@@ -55,12 +55,14 @@ def bench(
         ),
     ] = None,
     threads: Threads = None,
+    provider: OnProvider = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare a bundle with PyTorch: speed, memory and parity, as a table and a report."""
     from sdrt.bundle import Bundle
     from sdrt.files import check_replaceable, check_writable
+    from sdrt.runners.providers import choose_provider
 
     if size is not None:
         parse_size(size)
@@ -68,8 +70,12 @@ def bench(
         raise RequestError("no BUNDLE was named", hint="sdrt bench BUNDLE --baseline MODEL --out DIR")
     check_replaceable(out, mark="report.json", overwrite=force)
     check_writable(out)
+    if suite == "sd15" and provider is not None:
+        raise RequestError(
+            "--suite sd15 builds an openvino bundle, which has no --provider", hint="name an onnxruntime BUNDLE"
+        )
     if bundle is not None:
-        Bundle.open(bundle)
+        choose_provider(provider, Bundle.open(bundle).manifest.backend)
     model = None if baseline is None else model_folder(baseline)
     if model is not None or suite == "sd15":
         check_installed(EXPORT)
@@ -85,6 +91,7 @@ def bench(
         "--size": size,
         "--contestants": contestants,
         "--threads": threads,
+        "--provider": provider,
     }
     arguments = [] if bundle is None else [str(bundle)]
     arguments += _flags(options) + (["--force"] if force else [])

@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import typer
@@ -106,10 +107,24 @@ def _backend(name: str) -> "dict[str, JsonValue]":
         return {"version": None, "works": False, "text": f"not installed: {INSTALLS[name]}"}
     installed = _version(name)
     try:
-        import_module(name)
+        module = import_module(name)
+        text = f"{installed}{_providers(module)}" if name == "onnxruntime" else str(installed)
     except Exception as error:
         return {"version": installed, "works": False, "text": f"{installed} does not load: {error}"}
-    return {"version": installed, "works": True, "text": str(installed)}
+    return {"version": installed, "works": True, "text": text}
+
+
+def _providers(onnxruntime: ModuleType) -> str:
+    """What --provider can be told, as far as packages go."""
+    from sdrt.runners.providers import PROVIDERS
+
+    built_in = onnxruntime.get_available_providers()
+    installed = [
+        name
+        for name, provider in PROVIDERS.items()
+        if provider.chain[0] in built_in or (provider.plugin is not None and find_spec(provider.plugin) is not None)
+    ]
+    return f" with the providers {', '.join(installed)}"
 
 
 def _tensorrt() -> "dict[str, JsonValue]":

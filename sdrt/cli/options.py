@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import typer
 
@@ -12,6 +12,12 @@ from sdrt.errors import CheckpointError, RequestError
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else on stderr.")]
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: every core.", show_default=False)
+]
+OnProvider: TypeAlias = Annotated[
+    Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"] | None,
+    typer.Option(
+        "--provider", help="For onnxruntime bundles: the execution provider. Default: cpu.", show_default=False
+    ),
 ]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite what is there already.")]
 BundleFolder: TypeAlias = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdrt.cli.options import AsJson, BundleFolder, Force, Threads, check_outputs, chosen_size, numbered
+from sdrt.cli.options import AsJson, BundleFolder, Force, OnProvider, Threads, check_outputs, chosen_size, numbered
 from sdrt.cli.terminal import emit, facts, print_warning, progress_bar, seconds_text
 from sdrt.errors import RequestError
 
@@ -113,6 +113,7 @@ def run(
         typer.Option(metavar="PNG", help="Draw an image of sdrt again; options given here win.", show_default=False),
     ] = None,
     threads: Threads = None,
+    provider: OnProvider = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -137,20 +138,27 @@ def run(
     sheet = out.with_name(f"{out.stem}-grid{out.suffix}") if grid else None
     check_outputs([*paths, *([] if sheet is None else [sheet])], ".png", force=force)
     with progress_bar() as progress:
-        result = draw(sealed, request, threads=threads, progress=progress)
+        result = draw(sealed, request, threads=threads, provider=provider, progress=progress)
     for warning in result.warnings:
         print_warning(warning)
     _save(result, paths, sheet, force=force)
     emit(_record(result, paths, sheet), _summary(result, paths, sheet), as_json=as_json)
 
 
-def draw(bundle: "Bundle", request: "Request", *, threads: int | None, progress: "Progress") -> "Result":
+def draw(
+    bundle: "Bundle",
+    request: "Request",
+    *,
+    threads: int | None,
+    provider: str | None = None,
+    progress: "Progress",
+) -> "Result":
     """Open the engines and draw one request, reporting each step."""
     from sdrt.pipeline import Pipeline
     from sdrt.runners import open_runner
 
     progress("loading the engines", 0, 1)
-    with Pipeline(bundle, open_runner(bundle, threads=threads)) as pipeline:
+    with Pipeline(bundle, open_runner(bundle, threads=threads, provider=provider)) as pipeline:
         for event in pipeline.stream(request, latents=False):
             progress("drawing", event.row, event.rows)
             if event.result is not None:

@@ -9,6 +9,7 @@ from sdrt.bundle import BackendName, BackendRecord, Bundle
 from sdrt.errors import BackendError, BundleError, RequestError
 from sdrt.runners.base import Runner
 from sdrt.runners.cpu import cpu_features
+from sdrt.runners.providers import Provider, choose_provider
 
 _INSTALL: Mapping[BackendName, str] = {
     "openvino": "pip install sdrt",
@@ -17,18 +18,21 @@ _INSTALL: Mapping[BackendName, str] = {
 }
 
 
-def open_runner(bundle: Bundle, *, threads: int | None = None) -> Runner:
+def open_runner(bundle: Bundle, *, threads: int | None = None, provider: str | None = None) -> Runner:
     """Open a bundle's engines on this machine, with all cores of this process unless `threads` says fewer.
 
+    provider: ONNX Runtime's execution provider, one of `sdrt.runners.providers.PROVIDERS`; by default the CPU's.
     Raises BackendError when the backend or a CPU feature is absent, BundleError when the backend is another
-    version than the one that the bundle was built and checked with, RequestError for less than one thread.
+    version than the one that the bundle was built and checked with, RequestError for less than one thread or for a
+    provider that the backend has not.
     """
     if threads is not None and threads < 1:
         raise RequestError(f"threads is {threads}", hint="ask for at least one, or leave it out for all cores")
     backend = bundle.manifest.backend
+    chosen = choose_provider(provider, backend)
     check_backend(backend)
     try:
-        return _open(bundle, threads)
+        return _open(bundle, threads, chosen)
     except ImportError as error:
         raise BackendError(
             f"{backend.name} is installed but cannot be loaded: {error}",
@@ -36,7 +40,7 @@ def open_runner(bundle: Bundle, *, threads: int | None = None) -> Runner:
         ) from error
 
 
-def _open(bundle: Bundle, threads: int | None) -> Runner:
+def _open(bundle: Bundle, threads: int | None, provider: Provider) -> Runner:
     name = bundle.manifest.backend.name
     if name == "openvino":
         from sdrt.runners.openvino import OpenVinoRunner
@@ -45,7 +49,7 @@ def _open(bundle: Bundle, threads: int | None) -> Runner:
     if name == "onnxruntime":
         from sdrt.runners.onnxruntime import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(bundle, threads=threads)
+        return OnnxRuntimeRunner(bundle, threads=threads, provider=provider)
     from sdrt.runners.cuda_python import CudaPython
     from sdrt.runners.nvidia import library_of
     from sdrt.runners.tensorrt import TensorRtRunner

@@ -1,5 +1,6 @@
-"""The ONNX Runtime runner: opens the .onnx engines of a bundle on the CPU."""
+"""The ONNX Runtime runner: opens the .onnx engines of a bundle on the CPU, or on NVIDIA's execution providers."""
 
+import warnings
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -11,18 +12,21 @@ from sdrt.errors import BackendError
 from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, Array, FloatArray
 from sdrt.runners.cpu import available_cores
 from sdrt.runners.feeds import asked_component, checked_feeds
+from sdrt.runners.onnxruntime_session import open_bound_session, open_cpu_session, provider_devices
+from sdrt.runners.providers import PROVIDERS, Provider, captures
 
-_PROVIDERS = ["CPUExecutionProvider"]
 _OPENED_AT_ONCE = (TEXT_ENCODER, STEP, VAE_DECODER)
 
 
 class OnnxRuntimeRunner:
-    """Runs a bundle's engines through ONNX Runtime. Not thread-safe."""
+    """Runs a bundle's engines through ONNX Runtime on one execution provider. Not thread-safe."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, provider: Provider = PROVIDERS["cpu"]) -> None:
         self._bundle = bundle
         self._threads = available_cores() if threads is None else threads
+        self._provider = provider
         self._closed = False
+        self._devices = provider_devices(provider)
         self._sessions: dict[str, Any] = {name: self._open(bundle.component(name)) for name in _OPENED_AT_ONCE}
 
     def run(self, component: str, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
@@ -56,26 +60,27 @@ class OnnxRuntimeRunner:
         self.close()
 
     def _open(self, component: ComponentRecord) -> Any:  # noqa: ANN401  (ONNX Runtime's classes are untyped)
-        import onnxruntime
-
         path = self._bundle.file(component.files[0])
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        if self._provider.name == "cpu":
+            return open_cpu_session(path, threads=self._threads)
+        graphs = captures(self._provider, component.name)
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=_PROVIDERS)
-        except Exception as error:  # as above
-            hint = "check the bundle with: sdrt verify"
-            raise BackendError(f"ONNX Runtime cannot open {path}: {error}", hint=hint) from error
-        check_providers(session.get_providers())
-        return session
+            return self._open_bound(component, graphs=graphs)
+        except BackendError as refusal:
+            if not graphs:
+                raise
+            # A graph that leaves nodes to the CPU cannot be captured; it can be run. Any other cause fails again.
+            session = self._open_bound(component, graphs=False)
+            warnings.warn(f"{component.name} runs without CUDA graphs: {refusal.message}", stacklevel=2)
+            return session
 
-
-def check_providers(actual: list[str]) -> None:
-    """Raise BackendError when ONNX Runtime fell back to another execution provider than the one asked for."""
-    if actual != _PROVIDERS:
-        raise BackendError(
-            f"ONNX Runtime runs on {actual}, not on {_PROVIDERS} as asked",
-            hint="install the onnxruntime package that has this provider",
+    def _open_bound(self, component: ComponentRecord, *, graphs: bool) -> Any:  # noqa: ANN401
+        return open_bound_session(
+            self._bundle.file(component.files[0]),
+            component.name,
+            self._provider,
+            self._devices,
+            threads=self._threads,
+            graphs=graphs,
+            kernels=self._bundle.path / "kernels",
         )
