@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sizes=parsed.sizes,
             batch=parsed.batch,
             targets=tuple(parsed.target),
+            refit=parsed.refit,
             threads=parsed.threads,
             overwrite=parsed.overwrite,
         )
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", default=None, help="512x512,512x768 | 256..1024 | 256x256..1024x768")
     parser.add_argument("--batch", default="1..4", help="images at a time")
     parser.add_argument("--target", action="append", default=[], help="a GPU architecture, such as sm89")
+    parser.add_argument("--refit", action="store_true", help="TensorRT engines that take other weights later")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
     return parser

@@ -44,6 +44,7 @@ class BuildOptions:
     """How to build: the options of `sdrt build`. `sizes=None` means around the model's own size.
 
     targets: GPU architectures that TensorRT engines are for ("sm89"); none means every recent one.
+    refit: TensorRT engines that take other weights later.
     """
 
     backend: str = "auto"
@@ -51,6 +52,7 @@ class BuildOptions:
     sizes: str | None = None
     batch: str = "1..4"
     targets: tuple[str, ...] = ()
+    refit: bool = False
     threads: int | None = None
     overwrite: bool = False
 
@@ -73,7 +75,7 @@ def build_bundle(onnx_folder: Path, out: Path, options: BuildOptions, progress: 
 
 def _build(onnx_folder: Path, out: Path, options: BuildOptions, progress: Progress) -> Manifest:
     check_replaceable(out, mark="bundle.json", overwrite=options.overwrite)
-    builder = choose_builder(options.backend, options.targets)
+    builder = choose_builder(options.backend, options.targets, refit=options.refit)
     precision = choose_precision(options.precision, builder)
     folder = read_onnx_folder(onnx_folder)
     profile = parse_profile(

@@ -31,6 +31,7 @@ class TensorRtBuilder:
     """Builds with `library`, for `gpu` if there is one.
 
     targets: architectures to build for ahead of time ("sm89"); none means every one that the library supports.
+    refit: the engines take other weights later; see `TensorRtRunner.refit`.
     """
 
     library: Library
@@ -42,9 +43,18 @@ class TensorRtBuilder:
     precisions: ClassVar[tuple[Precision, ...]] = ("fp16",)
 
     @classmethod
-    def find(cls, targets: tuple[str, ...] = ()) -> "TensorRtBuilder":
-        """With the library and the GPU of this machine. BackendError: no library that can build here."""
-        return cls(library=load_library(), gpu=find_device(), targets=targets)
+    def find(cls, targets: tuple[str, ...] = (), *, refit: bool = False) -> "TensorRtBuilder":
+        """With the library and the GPU of this machine.
+
+        BackendError: no library that can build here. BuildError: engines to refit, and no GPU.
+        """
+        builder = cls(library=load_library(), gpu=find_device(), targets=targets, refit=refit)
+        if refit and builder.gpu is None:
+            raise BuildError(
+                f"{builder.library.name} builds engines to refit on a machine with a GPU only",
+                hint="build it there, or without --refit",
+            )
+        return builder
 
     @property
     def version(self) -> str:
@@ -80,11 +90,6 @@ class TensorRtBuilder:
         self, source: ComponentSource, precision: Precision, folder: Path, *, progress: Progress = silent
     ) -> Sequence[str]:
         """Write model.engine; see `EngineBuilder.build`. BuildError: too little memory, before the build or in it."""
-        if self.refit and self.gpu is None:
-            raise BuildError(
-                f"{self.library.name} builds refittable engines on a machine with a GPU only",
-                hint="build it there, or without refitting",
-            )
         model = load_graph(source.onnx_path)
         check_memory(
             f"building {source.name}", sum(file.stat().st_size for file in external_files(model, source.onnx_path))

@@ -71,6 +71,9 @@ def build(
             metavar="SM", help="For tensorrt: a GPU architecture (sm89), again for more. Default: every recent one."
         ),
     ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="For tensorrt, on a GPU: engines that take other weights later.")
+    ] = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -79,9 +82,11 @@ def build(
     flags = ["--backend", backend, "--precision", precision, "--batch", batch]
     flags += [] if sizes is None else ["--sizes", sizes]
     flags += [part for each in target or () for part in ("--target", each)]
+    if refit:
+        _check_refit(backend)
     with progress_bar() as progress:
         bundle, peak_bytes = build_bundle(
-            model, out, flags, sizes=sizes, threads=threads, force=force, progress=progress
+            model, out, flags, sizes=sizes, refit=refit, threads=threads, force=force, progress=progress
         )
     seconds = time.monotonic() - began
     result = _result(bundle, seconds) | {"peak_bytes": peak_bytes}
@@ -94,6 +99,7 @@ def build_bundle(
     flags: Sequence[str],
     *,
     sizes: str | None,
+    refit: bool = False,
     threads: int | None,
     force: bool,
     progress: Progress,
@@ -113,11 +119,12 @@ def build_bundle(
     check_replaceable(out, mark="bundle.json", overwrite=force)
     check_writable(out)
     folder = model_folder(model)
-    flags = [*flags, *_threads(threads), *(["--overwrite"] if force else [])]
+    switches = [*(["--refit"] if refit else []), *(["--overwrite"] if force else [])]
+    flags = [*flags, *thread_flags(threads), *switches]
     if is_onnx_folder(folder):
         run_stage(ENGINES, [str(folder), str(out), *flags], progress)
         return Bundle.open(out), None
-    _check_diffusers_folder(folder, listed)
+    check_diffusers_folder(folder, listed)
     check_installed(ENGINES)
     with (
         output_errors(out),
@@ -125,7 +132,9 @@ def build_bundle(
     ):
         exported = Path(work) / "onnx"
         size_flags = [] if golden is None else ["--golden-size", f"{golden[0]}x{golden[1]}"]
-        record = run_stage(EXPORT, [str(folder), str(exported), "--linked", *size_flags, *_threads(threads)], progress)
+        record = run_stage(
+            EXPORT, [str(folder), str(exported), "--linked", *size_flags, *thread_flags(threads)], progress
+        )
         run_stage(ENGINES, [str(exported), str(out), *flags], progress)
     return Bundle.open(out), record.get("peak_bytes")
 
@@ -195,13 +204,26 @@ def _check_batch(batch: str) -> None:
         )
 
 
+def _check_refit(backend: str) -> None:
+    """Refuse now what the engines stage would refuse after the export."""
+    if backend != "tensorrt":
+        raise RequestError(f"{backend} has no engines to refit", hint="leave --refit out, or --backend tensorrt")
+    from sdrt.runners.nvidia import require_device
+
+    require_device()
+
+
 def _check_backend(backend: str) -> None:
     needed = "openvino" if backend == "auto" else backend
     if all(find_spec(name) is None for name in BACKEND_MODULES.get(needed, (needed,))):
         raise BuildError(f"the backend {needed} is not installed", hint=BACKEND_INSTALLS[needed])
 
 
-def _check_diffusers_folder(folder: Path, sizes: Sequence[Size]) -> None:
+def check_diffusers_folder(folder: Path, sizes: Sequence[Size]) -> None:
+    """Refuse what is no diffusers folder (CheckpointError), or has no such size (RequestError), before it is exported.
+
+    BuildError: what exports it is not installed.
+    """
     if not folder.is_dir():
         hint = "name a diffusers folder; convert a single file with diffusers' from_single_file and save_pretrained"
         raise CheckpointError(f"{folder} is a file, not a diffusers folder", hint=hint)
@@ -236,7 +258,8 @@ def size_multiple(folder: Path) -> int | None:
     return multiple
 
 
-def _threads(threads: int | None) -> list[str]:
+def thread_flags(threads: int | None) -> list[str]:
+    """--threads for a stage, where it was given."""
     return [] if threads is None else ["--threads", str(threads)]
 
 
