@@ -16,10 +16,12 @@ def run_onnx(
     names: Sequence[str] | None = None,
     threads: int | None = None,
     optimised: bool = True,
+    in_file_order: bool = False,
 ) -> list[dict[str, Array]]:
     """Evaluate the file once for each of `feeds`, which are cast to the types that it declares; extra ones are ignored.
 
     names: the outputs wanted, or None for all. optimised: let ONNX Runtime fuse nodes and fold constants.
+    in_file_order: evaluate nodes as the file lists them, so that its writer decides for how long each result is held.
     BackendError: ONNX Runtime is not installed. BuildError: it cannot open or run the file.
     """
     try:
@@ -34,6 +36,8 @@ def run_onnx(
     options.log_severity_level = 3
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if in_file_order:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # of equal priority: by their index
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         types = {node.name: _numpy_type(node.type) for node in session.get_inputs()}

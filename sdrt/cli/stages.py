@@ -12,12 +12,14 @@ from sdrt.errors import BuildError
 from sdrt.progress import Progress
 
 EXPORT, ENGINES, BENCHMARKS = "sdrt.export", "sdrt.engines", "sdrt.benchmarks"
+BISECT = "sdrt.engines.bisect_stage"
 NEEDS = {
     EXPORT: ("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors"),
     ENGINES: ("onnx",),
+    BISECT: ("onnx", "onnxruntime"),
     BENCHMARKS: ("jinja2", "psutil", "scipy"),
 }
-EXTRAS = {EXPORT: "export", ENGINES: "engines", BENCHMARKS: "bench"}
+EXTRAS = {EXPORT: "export", ENGINES: "engines", BISECT: "engines", BENCHMARKS: "bench"}
 
 
 def run_stage(module: str, arguments: Sequence[str], progress: Progress) -> dict[str, Any]:
