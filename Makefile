@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TREE := build/tree
 THREADS ?= $(shell nproc)
+GPU_OUT ?= build/gpu-check
+GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format kernels train-shapes score-shapes bench-sd15 bench-sd15-aot clean
+.PHONY: help setup demo test check format kernels train-shapes score-shapes bench-sd15 bench-sd15-aot gpu-check gpu-kit clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -64,6 +66,21 @@ bench-sd15: $(STAMP)  ## SD1.5 architecture, random weights, 512x512, against Py
 bench-sd15-aot: $(STAMP)  ## TensorRT engines at SD1.5's size, built without a GPU: time, memory, parity
 	mkdir -p benchmarks/results build
 	$(BIN)/python -m sdrt.benchmarks.ahead_of_time --work build/sd15 --tensorrt build/venv-tensorrt --out benchmarks/results/sd15-ahead-of-time.json
+
+ifdef KIT
+gpu-check:
+	mkdir -p $(GPU_OUT)
+	$(GPU_PYTHON) benchmarks/gpu/from_kit.py $(KIT) --out $(GPU_OUT) $(ARGS)
+else
+gpu-check: $(STAMP)  ## on a machine with an NVIDIA GPU: parity, repeats, mixtures, latency against PyTorch (docs/gpu.md)
+	mkdir -p build
+	$(BIN)/python -c 'from pathlib import Path; from sdrt.benchmarks.builds import ensure_tensorrt; ensure_tensorrt(Path("build/venv-tensorrt"))'
+	PYTHONPATH="$$(echo $(CURDIR)/build/venv-tensorrt/lib/python3*/site-packages)" $(BIN)/python -m sdrt.benchmarks.gpu --work build/gpu --out $(GPU_OUT) $(ARGS)
+endif
+
+gpu-kit: $(STAMP)  ## what gpu-check needs on a machine without a network, in parts (docs/gpu.md)
+	mkdir -p build
+	$(BIN)/python -m sdrt.benchmarks.gpu.kit --out build/gpu-kit $(foreach name,$(WITH),--with $(name))
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache

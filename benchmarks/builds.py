@@ -29,8 +29,13 @@ class Built:
 
 def build_bundle(model: Path, out: Path, *flags: str, cache: Path) -> Built:
     """Run `sdrt build` with a build cache of its own. Raises BuildError with what it printed."""
-    command = [str(Path(sys.executable).with_name("sdrt")), "build", str(model), "--out", str(out), *flags]
+    command = [*sdrt_command(), "build", str(model), "--out", str(out), *flags]
     return run_timed(command, environment={"SDRT_CACHE": str(cache)})
+
+
+def sdrt_command() -> list[str]:
+    """The command line of the sdrt that runs here, installed or not."""
+    return [sys.executable, "-m", "sdrt"]
 
 
 def convert_for_genai(checkpoint: Path, out: Path, python: Path) -> None:

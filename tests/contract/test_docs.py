@@ -6,6 +6,7 @@ this very test is part of `make test`. `shapes` is built once, and the documents
 """
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_shell_lines_run(desk):
     assert lines
     for name, line in lines:
         if line.startswith("make "):
-            done = run_in(ROOT, ["make", "--dry-run", *line.split()[1:]])
+            done = run_in(ROOT, ["make", "--dry-run", *shlex.split(line)[1:]])
         elif line.startswith("pip install "):
             check_install(name, line)
             continue

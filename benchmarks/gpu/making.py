@@ -1,0 +1,36 @@
+"""Bundles for the GPU runbook: taken as they are where they are there, otherwise built with the user's command."""
+
+from pathlib import Path
+
+from sdrt.benchmarks.builds import run_timed, sdrt_command
+from sdrt.benchmarks.gpu.results import Findings
+from sdrt.benchmarks.suites import sd15
+from sdrt.bundle import Bundle, JsonValue
+
+
+def make_shapes(out: Path, cache: Path, *, threads: int | None) -> Findings:
+    """The embedded model for 64 to 192 pixels and up to four images. Raises BuildError, BundleError."""
+    return _made("shapes", out, ["--batch", "1..4"], cache, threads)
+
+
+def make_sd15(checkpoint: Path, out: Path, cache: Path, *, threads: int | None) -> Findings:
+    """A checkpoint with random weights, and its bundle for 512x512, one image. Raises BuildError, BundleError."""
+    sd15.make_checkpoint(checkpoint)
+    size = f"{sd15.SIDE}x{sd15.SIDE}"
+    return _made(str(checkpoint), out, ["--sizes", size, "--batch", "1"], cache, threads)
+
+
+def _made(model: str, out: Path, flags: list[str], cache: Path, threads: int | None) -> Findings:
+    figures: dict[str, JsonValue] = {"found ready": out.is_dir()}
+    if not out.is_dir():
+        command = [*sdrt_command(), "build", model, "--out", str(out), "--backend", "tensorrt", "--precision", "fp16"]
+        command += [*flags, *([] if threads is None else ["--threads", str(threads)])]
+        built = run_timed(command, environment={"SDRT_CACHE": str(cache)})
+        figures |= {"build seconds": round(built.seconds, 1), "build peak GB": round(built.peak_bytes / 1e9, 2)}
+    manifest = Bundle.open(out).manifest
+    figures |= {
+        "library": f"{manifest.backend.features[0]} {manifest.backend.version}",
+        "golden image": f"{manifest.golden.parity.measured:.1f} {manifest.golden.parity.metric}",
+        "verified on a device": manifest.device_verified,
+    }
+    return Findings(figures=figures)
