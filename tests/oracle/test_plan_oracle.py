@@ -19,9 +19,10 @@ STEPS = (1, 2, 3, 4, 7, 10, 20, 25, 30, 50)
 MANY = 0  # stands for the most steps that every family can do with the spacing
 SPACINGS = ("leading", "trailing", "linspace")
 # Measured against float64 steps: 1e-13 where the sigmas are equal. Vendors' float32 square roots differ in the last
-# place of a few of them, which makes it 1e-6 up to 50 steps and 4e-6 for a thousand. The promise is 1e-5.
+# place of a few of them, which makes it 1e-6 up to 50 steps, and for a thousand 4e-6 on Intel and 1.1e-5 on AMD. The
+# promise is 1e-5 up to 50 steps.
 TOLERANCE = 3e-6
-TOLERANCE_MANY_STEPS = 1e-5
+TOLERANCE_MANY_STEPS = 3e-5
 # Measured against float32 steps, 50 of them: 8e-6, the reference's own rounding.
 TOLERANCE_FLOAT32 = 1e-5
 TIMESTEP_TOLERANCE = 1e-4  # two last places of float32 at 999, where timesteps are fractions that come of the sigmas
