@@ -1,32 +1,28 @@
 """One denoising step for many trajectories: their rows laid side by side in the step graph, and taken apart again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from sdrt.errors import ParityError
 from sdrt.runners.base import STEP, Array, FloatArray, Runner
 from sdrt.trajectory import Trajectory
 
-NO_SIZES: tuple[int, ...] = ()
 
-
-def step_trajectories(
-    runner: Runner, trajectories: Sequence[Trajectory], *, sizes: tuple[int, ...] = NO_SIZES
-) -> dict[Trajectory, ParityError]:
+def step_trajectories(runner: Runner, trajectories: Sequence[Trajectory]) -> dict[Trajectory, ParityError]:
     """Advance every trajectory by one row of its own plan, in one evaluation of the step graph.
 
-    All must have latents of one size and not be finished. sizes: the counts of requests and lanes for which the
-    backend has an engine or a captured graph, ascending; the batch is padded up to the next one (empty: never).
+    All must have latents of one size and not be finished.
     Returns the trajectories whose next state is not finite, each with its error; these did not advance. When a
     shared step is not finite, every trajectory is tried alone, so only the one at fault is returned.
     """
-    states = run_step(runner, trajectories, sizes=sizes)
+    states = run_step(runner, trajectories)
     finite = [bool(np.isfinite(state).all()) for state in states]
     if not all(finite) and len(trajectories) > 1:
         faults: dict[Trajectory, ParityError] = {}
         for trajectory in trajectories:
-            faults |= step_trajectories(runner, [trajectory], sizes=sizes)
+            faults |= step_trajectories(runner, [trajectory])
         return faults
     for trajectory, state in zip(trajectories, states, strict=True):
         if all(finite):
@@ -34,20 +30,18 @@ def step_trajectories(
     return {} if all(finite) else {trajectories[0]: not_finite(trajectories[0])}
 
 
-def run_step(runner: Runner, trajectories: Sequence[Trajectory], *, sizes: tuple[int, ...]) -> list[FloatArray]:
+def run_step(runner: Runner, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
     """Each trajectory's next state, float32 [n, C, h, w]; nothing is advanced."""
-    result = runner.run(STEP, step_inputs(trajectories, sizes=sizes))["next_state"]
+    result = runner.run(STEP, step_inputs(trajectories))["next_state"]
     return [result[index].copy() for index in range(len(trajectories))]
 
 
-def step_inputs(trajectories: Sequence[Trajectory], *, sizes: tuple[int, ...] = NO_SIZES) -> dict[str, Array]:
-    """The step graph's inputs (see docs/architecture.md), padded with inert requests and lanes up to `sizes`."""
-    exact = lasting_inputs(trajectories)
-    exact |= {name: rows[0] for name, rows in row_inputs(trajectories, 1).items()}
-    exact["noise"] = np.stack([item.noise() for item in trajectories])
-    requests, lane_count = len(trajectories), len(exact["lane_request"])
-    padded = (next_size(requests, sizes), next_size(lane_count, sizes))
-    return exact if padded == (requests, lane_count) else _padded(exact, *padded)
+def step_inputs(trajectories: Sequence[Trajectory]) -> dict[str, Array]:
+    """The step graph's inputs (see docs/architecture.md) for the next row of each."""
+    inputs = lasting_inputs(trajectories)
+    inputs |= {name: rows[0] for name, rows in row_inputs(trajectories, 1).items()}
+    inputs["noise"] = np.stack([item.noise() for item in trajectories])
+    return inputs
 
 
 def lasting_inputs(trajectories: Sequence[Trajectory]) -> dict[str, Array]:
@@ -76,26 +70,32 @@ def row_inputs(trajectories: Sequence[Trajectory], rows: int) -> dict[str, Array
     }
 
 
-def next_size(count: int, sizes: tuple[int, ...]) -> int:
-    """The smallest of the ascending sizes that holds `count`, or `count` itself when none does."""
-    return next((size for size in sizes if size >= count), count)
+def pad_inputs(
+    lasting: Mapping[str, Array], rows: Mapping[str, Array], *, requests: int, lanes: int
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Both kinds of inputs, with inert requests and lanes appended up to these counts.
 
-
-def _padded(exact: dict[str, Array], requests: int, lanes: int) -> dict[str, Array]:
-    """Inert requests keep their (zero) state under the identity; inert lanes repeat lane 0 with weight 0."""
-    more_requests, more_lanes = requests - len(exact["state"]), lanes - len(exact["lane_request"])
-    slots = exact["state"].shape[1]
-    inert = {
-        "state": np.zeros_like(exact["state"][:1]),
-        "input_scale": np.ones(1, np.float32),
-        "transition": np.eye(slots, slots + 2, dtype=np.float32)[None],
-        "noise": np.zeros_like(exact["noise"][:1]),
+    An inert request keeps its (zero) state under the identity; an inert lane repeats lane 0 with weight 0.
+    """
+    more_requests, more_lanes = requests - len(lasting["state"]), lanes - len(lasting["lane_request"])
+    slots = lasting["state"].shape[1]
+    padded = {name: _appended(lasting[name], 0, more_requests) for name in ("state", "noise")}
+    padded |= {
+        name: _appended(lasting[name], lasting[name][:1], more_lanes) for name in ("lane_request", "prompt_embeds")
     }
-    padded = {name: np.concatenate([exact[name], *[row] * more_requests]) for name, row in inert.items()}
-    for name in ("lane_request", "timestep", "prompt_embeds"):
-        padded[name] = np.concatenate([exact[name], *[exact[name][:1]] * more_lanes])
-    padded["guidance"] = np.pad(exact["guidance"], ((0, more_requests), (0, more_lanes)))
-    return padded
+    padded["guidance"] = np.pad(lasting["guidance"], ((0, more_requests), (0, more_lanes)))
+    padded_rows = {
+        "input_scale": _appended(rows["input_scale"], 1, more_requests, axis=1),
+        "transition": _appended(rows["transition"], np.eye(slots, slots + 2), more_requests, axis=1),
+        "timestep": _appended(rows["timestep"], rows["timestep"][:, :1], more_lanes, axis=1),
+    }
+    return padded, padded_rows
+
+
+def _appended(array: Array, value: npt.ArrayLike, count: int, *, axis: int = 0) -> Array:
+    """`array` with `count` more entries along an axis, each of them `value`."""
+    shape = (*array.shape[:axis], count, *array.shape[axis + 1 :])
+    return np.concatenate([array, np.broadcast_to(np.asarray(value, array.dtype), shape)], axis)
 
 
 def not_finite(trajectory: Trajectory, rows: int = 1) -> ParityError:

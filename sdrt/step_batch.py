@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sdrt.denoiser import lasting_inputs, not_finite, row_inputs, step_trajectories
+from sdrt.denoiser import lasting_inputs, not_finite, pad_inputs, row_inputs, step_trajectories
 from sdrt.errors import ParityError
 from sdrt.runners.base import Runner, SteppingRunner, Steps
 from sdrt.trajectory import Trajectory
@@ -93,7 +93,9 @@ class _DeviceBatch:
         self._taken = 0
         inputs = lasting_inputs(trajectories)
         inputs["noise"] = np.zeros_like(inputs["state"][:, 0])
-        self._steps: Steps = runner.open_steps(inputs, row_inputs(trajectories, self._left))
+        requests, lanes = runner.batch_size(len(trajectories), len(inputs["lane_request"]))
+        rows = row_inputs(trajectories, self._left)
+        self._steps: Steps = runner.open_steps(*pad_inputs(inputs, rows, requests=requests, lanes=lanes))
 
     def advance(self) -> Faults:
         self._steps.advance([item.next_noise(self._ahead) for item in self.trajectories])
@@ -105,7 +107,8 @@ class _DeviceBatch:
         if self._ahead == 0:
             return {}
         faults = {}
-        for trajectory, state in zip(self.trajectories, self._steps.state(), strict=True):
+        states = self._steps.state()[: len(self.trajectories)]  # what follows is padding
+        for trajectory, state in zip(self.trajectories, states, strict=True):
             if np.isfinite(state).all():
                 trajectory.advance(state.copy(), self._ahead)
             else:

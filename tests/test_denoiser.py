@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdrt.denoiser import next_size, step_inputs, step_trajectories
+from sdrt.denoiser import lasting_inputs, pad_inputs, row_inputs, step_inputs, step_trajectories
 from sdrt.errors import BackendError, ParityError
 from sdrt.request import Request
 from sdrt.runners.fake import FakeRunner
@@ -21,9 +21,9 @@ def trajectories(pipeline, requests):
     return [path for request in requests for path in pipeline.prepare(pipeline.resolve(request)).trajectories]
 
 
-def run_to_the_end(pipeline, paths, sizes=()):
+def run_to_the_end(pipeline, paths):
     while active := [path for path in paths if not path.finished]:
-        assert step_trajectories(pipeline.runner, active, sizes=sizes) == {}
+        assert step_trajectories(pipeline.runner, active) == {}
     return [path.latents for path in paths]
 
 
@@ -31,27 +31,38 @@ def alone(pipeline, requests):
     return [run_to_the_end(pipeline, trajectories(pipeline, [request]))[0] for request in requests]
 
 
-@pytest.mark.parametrize("sizes", [(), (4, 8, 16)])
-def test_a_mixed_batch_equals_each_request_alone_bit_for_bit(fake, sizes):
+def test_a_mixed_batch_equals_each_request_alone_bit_for_bit(fake):
     pipeline = fake()
-    together = run_to_the_end(pipeline, trajectories(pipeline, MIXTURE), sizes)
+    together = run_to_the_end(pipeline, trajectories(pipeline, MIXTURE))
     for mixed, solo in zip(together, alone(pipeline, MIXTURE), strict=True):
         np.testing.assert_array_equal(mixed, solo)
 
 
-def test_padding_fills_up_to_the_next_size_with_inert_rows(fake):
+def padded(paths, **counts):
+    """The inputs of the first row, padded."""
+    lasting = lasting_inputs(paths) | {"noise": np.stack([path.noise() for path in paths])}
+    inputs, rows = pad_inputs(lasting, row_inputs(paths, 1), **counts)
+    return inputs | {name: values[0] for name, values in rows.items()}
+
+
+def test_padding_is_inert(fake):
     pipeline = fake()
-    inputs = step_inputs(trajectories(pipeline, MIXTURE[:3]), sizes=(4, 8))
-    assert inputs["state"].shape[0] == 4
-    assert inputs["guidance"].shape == (4, 8)
-    assert not inputs["guidance"][3].any()
-    assert not inputs["guidance"][:, 5:].any()
-    np.testing.assert_array_equal(inputs["transition"][3], np.eye(6, 8))
+    paths = trajectories(pipeline, MIXTURE[:3])
+    inputs = padded(paths, requests=4, lanes=8)
+    assert {name: array.dtype for name, array in inputs.items()} == {
+        name: array.dtype for name, array in step_inputs(paths).items()
+    }
+    result = pipeline.runner.run("step", inputs)["next_state"]
+    assert result.shape[0] == 4
+    assert not result[3].any()
+    np.testing.assert_array_equal(result[:3], pipeline.runner.run("step", step_inputs(paths))["next_state"])
 
 
-@pytest.mark.parametrize(("count", "expected"), [(1, 2), (2, 2), (3, 4), (5, 5)])
-def test_the_next_size_holds_the_count(count, expected):
-    assert next_size(count, (2, 4)) == expected
+def test_a_batch_that_needs_no_padding_stays_as_it_is(fake):
+    paths = trajectories(fake(), MIXTURE[:3])
+    exact = step_inputs(paths)
+    for name, array in padded(paths, requests=3, lanes=len(exact["lane_request"])).items():
+        np.testing.assert_array_equal(array, exact[name])
 
 
 def test_guidance_weights_are_one_minus_s_and_s(fake):
@@ -93,7 +104,7 @@ def test_two_bad_requests_are_both_found_and_the_good_one_goes_on(fake):
     pipeline = fake(poisoned_runner(fake(), fake))
     bad = [Request(prompt="poison", num_inference_steps=4, seed=seed) for seed in (8, 9)]
     paths = trajectories(pipeline, [bad[0], MIXTURE[0], bad[1]])
-    assert set(step_trajectories(pipeline.runner, paths, sizes=(4, 8))) == {paths[0], paths[2]}
+    assert set(step_trajectories(pipeline.runner, paths)) == {paths[0], paths[2]}
     assert [path.row for path in paths] == [0, 1, 0]
 
 

@@ -151,6 +151,15 @@ class TestSteps:
         assert cuda.log == ["event", *["copy"] * 3, "launch", "event", "wait"]
         batch.close()
 
+    def test_share_one_graph_whatever_the_count_of_requests_that_need_as_many_lanes(self, pipeline):
+        guided, unguided = {"guidance_scale": 7.5}, {"guidance_scale": 1.0}
+        for options in ([guided, guided], [guided, unguided, unguided], [unguided] * 4):
+            batch = open_batch(pipeline.runner, trajectories(pipeline, *(request(**each) for each in options)))
+            before = pipeline.runner.counters.captures
+            finish(batch)
+            batch.close()
+        assert pipeline.runner.counters.captures == before == 2  # the text encoder's and the step's
+
     def test_are_queued_one_ahead_of_the_device(self, pipeline, cuda):
         (path,) = trajectories(pipeline, request(num_inference_steps=8))
         batch = open_batch(pipeline.runner, [path])

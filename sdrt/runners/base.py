@@ -56,7 +56,9 @@ class Steps(Protocol):
     """A batch whose state stays on the device while its plans' rows run. Not thread-safe."""
 
     def advance(self, noise: Sequence[RowNoise]) -> None:
-        """Queue the next row, with one entry of noise for each request; waits at most for the row before it.
+        """Queue the next row, with an entry of noise for each of the first requests, the others having none.
+
+        It waits at most for the row before it.
 
         Raises BackendError when the backend fails; the state is lost then.
         """
@@ -82,6 +84,10 @@ class Steps(Protocol):
 @runtime_checkable
 class SteppingRunner(Runner, Protocol):
     """A runner that can keep a batch on its device, so that the host does nothing between steps but launch."""
+
+    def batch_size(self, requests: int, lanes: int) -> tuple[int, int]:
+        """The counts of requests and lanes to pad such a batch to, so that few graphs serve every mixture."""
+        ...
 
     def open_steps(self, inputs: Mapping[str, Array], rows: Mapping[str, Array]) -> Steps:
         """Start a batch. inputs: what stays, as in the step graph; rows: what changes, with a first dimension of rows.

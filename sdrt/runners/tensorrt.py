@@ -62,6 +62,13 @@ class TensorRtRunner:
             self._call(border, prepared)
             return {name: np.array(border.staged(name, shape), np.float32) for name, shape in prepared.outputs.items()}
 
+    def batch_size(self, requests: int, lanes: int) -> tuple[int, int]:
+        """See `SteppingRunner.batch_size`. A request costs a few operations on latents, a lane a network evaluation.
+
+        So every batch has as many requests as the bundle allows, and no more lanes than it needs.
+        """
+        return max(requests, self._bundle.manifest.profile.max_batch), lanes
+
     def open_steps(self, inputs: Mapping[str, Array], rows: Mapping[str, Array]) -> DeviceSteps:
         """See `SteppingRunner.open_steps`."""
         with self._lock:
