@@ -5,6 +5,7 @@ raises `BrokenRuleError`, which is no SdrtError: nothing in sdrt may catch it.
 """
 
 import itertools
+import json
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -301,6 +302,15 @@ class SimulatedEngine:
             raise BrokenRuleError("an engine is refitted while it has contexts")
         self.cuda.log.append(f"refit {self.component}")
         self.session = self.cuda.session(self.path, weights)
+
+    def layer_report(self):
+        import onnx
+
+        nodes = onnx.load(self.path, load_external_data=False).graph.node
+        halves = [{"Format/Datatype": "Row major linear FP16 format"}]
+        return json.dumps(
+            {"Layers": [{"Name": node.name, "LayerType": node.op_type, "Outputs": halves} for node in nodes]}
+        )
 
     def close(self):
         if any(context.engine is self for context in self.cuda.contexts):

@@ -1,4 +1,4 @@
-"""`sdrt inspect`: what a bundle or a model is, from its files alone. No engine is loaded."""
+"""`sdrt inspect`: what a bundle or a model is, from its files alone; no engine is loaded but for --layers."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,17 @@ import typer
 from sdrt.cli.build import UNVERIFIED, bundle_bytes, is_onnx_folder, parity_table, size_multiple
 from sdrt.cli.options import EMBEDDED, AsJson, model_folder
 from sdrt.cli.terminal import emit, facts, size_text, table, title
-from sdrt.errors import CheckpointError
+from sdrt.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.text import Text
 
     from sdrt.bundle import Bundle, Float32Islands, JsonValue
+    from sdrt.runners.engine_layers import EngineLayers
 
+_LAYERS_HEAD = ("component", "layer", "gives", "count")
 MOST_NODES = 8  # named; --json has all
 WEIGHTS = (".safetensors", ".bin", ".onnx", ".data", ".onnx_data", ".pb")
 
@@ -27,15 +31,21 @@ def inspect(
             metavar="BUNDLE|MODEL", help="A bundle, a diffusers or ONNX folder, or `shapes`.", show_default=False
         ),
     ],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also what each TensorRT engine is made of. Needs the GPU.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell what a bundle or a model is."""
     import msgspec
 
     from sdrt.bundle import Bundle
+    from sdrt.runners import read_engine_layers
 
     folder = Path(path)
     if path == EMBEDDED or (folder / "model_index.json").is_file() or is_onnx_folder(folder):
+        if layers:
+            raise RequestError(f"{path} is a model, which has no engines", hint="name a bundle, or leave --layers out")
         model = _model(model_folder(path))
         emit(model, _model_lines(model), as_json=as_json)
         return
@@ -47,7 +57,12 @@ def inspect(
         "size_bytes": bundle_bytes(bundle),
         "manifest": manifest,
     }
-    emit(result, _bundle_lines(bundle), as_json=as_json)
+    lines = _bundle_lines(bundle)
+    if layers:
+        found = read_engine_layers(bundle)
+        result["layers"] = msgspec.to_builtins(found)
+        lines = [*lines, "", *_layer_lines(found)]
+    emit(result, lines, as_json=as_json)
 
 
 def _bundle_lines(bundle: "Bundle") -> "list[Text | str]":
@@ -77,6 +92,22 @@ def _bundle_lines(bundle: "Bundle") -> "list[Text | str]":
     islands = [(item.name, _islands_text(item.islands)) for item in manifest.components if item.islands is not None]
     kept: list[Text | str] = ["", title("Kept in float32"), *facts(islands)] if islands else []
     return [title(f"{bundle.path}: a bundle"), *facts(rows), "", *parity_table(bundle), *kept]
+
+
+def _layer_lines(found: "Mapping[str, EngineLayers]") -> "list[Text | str]":
+    """A row for each kind of layer, the most frequent first."""
+    rows = [
+        (name, kind.operator, ", ".join(kind.outputs) or "not told", f"{kind.count:,}")
+        for name, engine in found.items()
+        for kind in engine.kinds
+    ]
+    totals = ", ".join(f"{name} {len(engine.names):,}" for name, engine in found.items())
+    return [
+        title("Layers of the engines"),
+        *facts([("layers", totals)]),
+        "",
+        *table(_LAYERS_HEAD, rows, left=(0, 1, 2)),
+    ]
 
 
 def _islands_text(islands: "Float32Islands") -> str:

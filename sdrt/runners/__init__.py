@@ -4,12 +4,17 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from sdrt.bundle import BackendName, BackendRecord, Bundle
 from sdrt.errors import BackendError, BundleError, RequestError
 from sdrt.runners.base import Runner
 from sdrt.runners.cpu import cpu_features
 from sdrt.runners.providers import Provider, choose_provider
+
+if TYPE_CHECKING:
+    from sdrt.runners.cuda import CudaDriver
+    from sdrt.runners.engine_layers import EngineLayers
 
 _INSTALL: Mapping[BackendName, str] = {
     "openvino": "pip install sdrt",
@@ -50,12 +55,33 @@ def _open(bundle: Bundle, threads: int | None, provider: Provider) -> Runner:
         from sdrt.runners.onnxruntime import OnnxRuntimeRunner
 
         return OnnxRuntimeRunner(bundle, threads=threads, provider=provider)
-    from sdrt.runners.cuda_python import CudaPython
-    from sdrt.runners.nvidia import library_of
     from sdrt.runners.tensorrt import TensorRtRunner
 
-    driver = CudaPython(library_of(bundle.manifest.backend), bundle.path / "kernels")
-    return TensorRtRunner(bundle, driver)
+    return TensorRtRunner(bundle, _open_gpu(bundle))
+
+
+def read_engine_layers(bundle: Bundle) -> "dict[str, EngineLayers]":
+    """What each engine of a TensorRT bundle is made of; they have to be loaded on a GPU for that.
+
+    Raises RequestError for bundles of other backends, BackendError and BundleError as `open_runner` does.
+    """
+    from sdrt.runners.engine_layers import inspect_engines
+
+    backend = bundle.manifest.backend
+    if backend.name != "tensorrt":
+        raise RequestError(
+            f"{bundle.path} has {backend.name} engines, whose layers are those of its graphs",
+            hint="only TensorRT engines have layers of their own",
+        )
+    check_backend(backend)
+    return inspect_engines(bundle, _open_gpu(bundle))
+
+
+def _open_gpu(bundle: Bundle) -> "CudaDriver":
+    from sdrt.runners.cuda_python import CudaPython
+    from sdrt.runners.nvidia import library_of
+
+    return CudaPython(library_of(bundle.manifest.backend), bundle.path / "kernels")
 
 
 def check_backend(backend: BackendRecord) -> None:

@@ -89,6 +89,10 @@ class Engine(Protocol):
         """
         ...
 
+    def layer_report(self) -> str:
+        """What it is made of: the JSON of TensorRT's inspector."""
+        ...
+
     def close(self) -> None:
         """Release it, after all of its contexts."""
         ...

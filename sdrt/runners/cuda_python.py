@@ -296,6 +296,11 @@ class TensorRtEngine:
         if not refitter.refit_cuda_engine():
             raise BackendError(f"the weights were not replaced: {self.logger.reason()}", hint=_VERIFY)
 
+    def layer_report(self) -> str:
+        """See `Engine`."""
+        inspector = self.engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self.library.module.LayerInformationFormat.JSON))
+
     def close(self) -> None:
         """See `Engine`."""
         self.engine = None

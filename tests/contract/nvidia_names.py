@@ -29,6 +29,8 @@ HOLDS = {
         "self.context": trt.IExecutionContext,
         "cache": trt.IRuntimeCache,
         "refitter": trt.Refitter,
+        "inspector": trt.EngineInspector,
+        "self.library.module": trt,
     },
     "engines/tensorrt_child.py": {
         "trt": trt,

@@ -100,9 +100,10 @@ def test_a_second_build_takes_everything_from_the_cache(python, shapes_onnx, bun
 
 
 @without_gpu
-@pytest.mark.parametrize("command", ["run", "verify"])
+@pytest.mark.parametrize("command", ["run", "verify", "inspect"])
 def test_without_a_driver_the_commands_say_what_is_missing(python, bundle, tmp_path, command):
-    arguments = ["a red circle", "--out", tmp_path / "x.png"] if command == "run" else []
+    options = {"run": ["a red circle", "--out", tmp_path / "x.png"], "verify": [], "inspect": ["--layers"]}
+    arguments = options[command]
     done = sdrt(python, command, bundle, *arguments)
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == f"error: {NO_DRIVER}"
