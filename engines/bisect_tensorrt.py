@@ -3,8 +3,6 @@
 They are not the bundle's own engines: what becomes an output is not fused away.
 """
 
-import importlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,11 +15,10 @@ from sdrt.bundle import BackendRecord
 from sdrt.engines.bisect import Evaluate
 from sdrt.engines.components import input_specs
 from sdrt.engines.onnx_files import load_graph
+from sdrt.engines.polygraphy import load_polygraphy
 from sdrt.errors import BackendError
 from sdrt.runners.base import Array
-from sdrt.runners.nvidia import INSTALL, LibraryName, find_device, library_of
-
-_CHOICE = "POLYGRAPHY_USE_TENSORRT_RTX"
+from sdrt.runners.nvidia import LibraryName, find_device, library_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +48,11 @@ def tensorrt_evaluator(path: Path, feeds: Sequence[Mapping[str, Array]], library
     cast = cast_feeds(path, feeds)
 
     def evaluate(names: Sequence[str]) -> list[dict[str, Array]]:
-        trt, comparator = _polygraphy("backend.trt", library), _polygraphy("comparator", library)
+        trt, comparator = load_polygraphy("backend.trt", library), load_polygraphy("comparator", library)
         try:
             engine = trt.EngineFromBytes(marked_engine(path, names, cast, library))
             ((_, runs),) = comparator.Comparator.run([trt.TrtRunner(engine)], data_loader=cast)
-        except _polygraphy("exception", library).PolygraphyException as error:
+        except load_polygraphy("exception", library).PolygraphyException as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise BackendError(
                 f"{library} cannot evaluate {path.parent.name} with {len(names)} of its tensors as outputs: {reason}",
@@ -70,7 +67,7 @@ def marked_engine(  # its result is a loader of Polygraphy's
     path: Path, names: Sequence[str], feeds: Sequence[Mapping[str, Array]], library: LibraryName
 ) -> Any:  # noqa: ANN401
     """A loader of the bytes of an engine whose outputs are `names`, for exactly the shapes of `feeds`."""
-    trt = _polygraphy("backend.trt", library)
+    trt = load_polygraphy("backend.trt", library)
     network = trt.NetworkFromOnnxPath(str(path), strongly_typed=True)
     profile = trt.Profile()
     for name in feeds[0]:
@@ -91,12 +88,3 @@ def cast_feeds(path: Path, feeds: Sequence[Mapping[str, Array]]) -> list[dict[st
     return [
         {spec.name: np.ascontiguousarray(feed[spec.name], np.dtype(spec.dtype)) for spec in specs} for feed in feeds
     ]
-
-
-def _polygraphy(module: str, library: LibraryName) -> Any:  # noqa: ANN401
-    """A module of Polygraphy's, which chooses its TensorRT when it is first imported."""
-    os.environ[_CHOICE] = "1" if library == "tensorrt_rtx" else "0"
-    try:
-        return importlib.import_module(f"polygraphy.{module}")
-    except ImportError as error:
-        raise BackendError(f"Polygraphy is not installed: {error}", hint=f"install it with: {INSTALL}") from error

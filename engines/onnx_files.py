@@ -28,6 +28,20 @@ def load_graph(path: Path) -> onnx.ModelProto:
     return model
 
 
+def load_whole(path: Path) -> onnx.ModelProto:
+    """The model at `path` with all of its weights in memory. BuildError: as `load_graph` and `external_files`.
+
+    onnx's own loader refuses weights that have a second hard link, such as those in a build cache.
+    """
+    model = load_graph(path)
+    external_files(model, path)
+    for tensor in _external_tensors(model.graph):
+        tensor.raw_data = weight_array(tensor, path).tobytes()
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
+    return model
+
+
 def external_files(model: onnx.ModelProto, path: Path) -> tuple[Path, ...]:
     """The files beside `path` that hold the model's weights, each once.
 

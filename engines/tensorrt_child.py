@@ -3,8 +3,11 @@
 TensorRT keeps memory after a build and may be killed for what it takes during one; neither reaches the stage.
 """
 
+import contextlib
 import os
 import sys
+import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +16,8 @@ import msgspec
 
 from sdrt.bundle import JsonValue
 from sdrt.engines.optimization import OptimizationProfile
-from sdrt.errors import BuildError
+from sdrt.engines.polygraphy import fold_graph
+from sdrt.errors import BackendError, BuildError
 from sdrt.files import write_atomically
 from sdrt.progress import Progress
 from sdrt.runners.cuda_python import remembering_logger
@@ -72,15 +76,14 @@ class Session:
 
 
 def build(session: Session, order: Order, progress: Progress) -> JsonValue:
-    """Parse, set profiles, build, write. BuildError: TensorRT refuses the graph; the message names the layer."""
+    """Read, set profiles, build, write. BuildError: TensorRT refuses the graph; the message names the layer."""
     trt = session.library.module
     builder = trt.Builder(session.logger)
     builder.error_recorder = session.recorder
-    network = builder.create_network(0)
+    network = _read_network(session, builder, order)
     config = builder.create_builder_config()
     config.progress_monitor = progress_monitor(trt, order.component, progress)
-    session.alive.extend((builder, network, config, config.progress_monitor))
-    _parse(session, network, order)
+    session.alive.extend((builder, config, config.progress_monitor))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     _set_flags(trt, config, order)
     _set_targets(trt, config, order)
@@ -158,18 +161,36 @@ def progress_monitor(trt: Any, component: str, progress: Progress) -> Any:  # no
     return Monitor()
 
 
-def _parse(session: Session, network: Any, order: Order) -> None:  # noqa: ANN401
-    parser = session.library.module.OnnxParser(network, session.logger)
-    session.alive.append(parser)
-    if parser.parse_from_file(order.onnx_path):
-        return
-    faults = [parser.get_error(index) for index in range(parser.num_errors)]
-    where = f"the {faults[0].node_operator()} {faults[0].node_name()}" if faults else "the graph"
+def _read_network(session: Session, builder: Any, order: Order) -> Any:  # noqa: ANN401
+    """The graph as the parser reads it; one that it refuses is folded first, unless weights must keep their names."""
+    network, refusal = _parse(session, builder, Path(order.onnx_path))
+    if refusal is None:
+        return network
+    if not order.refit:
+        with tempfile.TemporaryDirectory(dir=Path(order.engine_path).parent, prefix=".folded.") as folder:
+            folded = Path(folder) / "model.onnx"
+            with contextlib.suppress(BackendError, BuildError):  # the parser's own refusal says more
+                fold_graph(Path(order.onnx_path), folded, order.library)
+                network, second = _parse(session, builder, folded)
+                if second is None:
+                    warnings.warn(f"{order.component} was folded first: the parser refused {refusal}", stacklevel=2)
+                    return network
     raise BuildError(
-        f"{order.library} {session.library.version} cannot read {where} of {order.component}: "
-        f"{faults[0].desc() if faults else session.reason()}",
+        f"{order.library} {session.library.version} cannot read {order.component}: it refused {refusal}",
         hint="build it with --backend onnxruntime or openvino, and report the operator",
     )
+
+
+def _parse(session: Session, builder: Any, path: Path) -> tuple[Any, str | None]:  # noqa: ANN401
+    """A network, and what in the graph the parser refused, if anything."""
+    network = builder.create_network(0)
+    parser = session.library.module.OnnxParser(network, session.logger)
+    session.alive.extend((network, parser))
+    if parser.parse_from_file(str(path)):
+        return network, None
+    faults = [parser.get_error(index) for index in range(parser.num_errors)]
+    where = f"the {faults[0].node_operator()} {faults[0].node_name()}" if faults else "the graph"
+    return network, f"{where}: {faults[0].desc() if faults else session.reason()}"
 
 
 def _set_flags(trt: Any, config: Any, order: Order) -> None:  # noqa: ANN401

@@ -29,7 +29,7 @@ from sdrt.engines.bisect_tensorrt import EngineHost, find_engine_host
 from sdrt.engines.build import BuildOptions, build_bundle
 from sdrt.engines.half.emulation import emulate_half
 from sdrt.engines.half.graph import SENTINEL, read_float_graph, write_half
-from sdrt.engines.onnx_files import load_graph
+from sdrt.engines.onnx_files import load_graph, load_whole
 from sdrt.errors import BuildError, CheckpointError, RequestError
 from sdrt.progress import silent
 
@@ -293,7 +293,7 @@ def half_bundle(tiny_export, tmp_path_factory):
 def sick_export(tiny_export, tmp_path):
     """The tiny model with a residual stream in its UNet that goes beyond the range of halves."""
     folder = shutil.copytree(tiny_export, tmp_path / "sick")
-    model = onnx.load(folder / "unet" / "model.onnx")
+    model = load_whole(folder / "unet" / "model.onnx")
     for weight in model.graph.initializer:
         if weight.name in ("conv_in.weight", "conv_in.bias"):
             weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1e5), weight.name))

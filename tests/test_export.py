@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from sdrt.cache import Store
+from sdrt.engines.onnx_files import load_whole
 from sdrt.errors import ExportError
 from sdrt.export.check import Expected, check_component
 from sdrt.export.checkpoint import component_hashes, identity_of, model_record, open_checkpoint
@@ -44,7 +45,7 @@ def test_the_layout_is_the_standard_one(tiny_export):
     ],
 )
 def test_every_weight_is_stored_whole_under_the_checkpoints_name(name, source, own, tiny_export, tiny_checkpoint):
-    graph = onnx.load(tiny_export / name / "model.onnx").graph
+    graph = load_whole(tiny_export / name / "model.onnx").graph
     stored = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
     with safe_open(tiny_checkpoint / f"{source}.safetensors", "np") as file:
         weights = {key: file.get_tensor(key) for key in list(file.keys()) if key.startswith(own)}

@@ -10,7 +10,7 @@ from sdrt.engines.half.convert import convert_to_half
 from sdrt.engines.half.emulation import emulate_half
 from sdrt.engines.half.graph import LARGEST, half_tensors, read_float_graph, to_half, write_half
 from sdrt.engines.half.rules import kept_by_rule
-from sdrt.engines.onnx_files import load_graph
+from sdrt.engines.onnx_files import load_graph, load_whole
 from sdrt.engines.onnx_session import run_onnx
 from sdrt.engines.seal import read_golden
 from sdrt.errors import BuildError
@@ -133,7 +133,7 @@ class TestGraph:
             [helper.make_tensor_value_info("z", TensorProto.FLOAT, [4])],
         )
         source = save_graph(tmp_path, [("yes", "Identity", ("x",), ("y",))])
-        model = onnx.load(source)
+        model = load_whole(source)
         model.graph.node[0].CopyFrom(
             helper.make_node("If", ["condition"], ["y"], name="choice", then_branch=inner, else_branch=inner)
         )
@@ -235,7 +235,7 @@ STRESS = np.float32(1e5)  # takes the residual stream beyond the range of halves
 @pytest.fixture(scope="module")
 def stressed(tiny_export, tmp_path_factory):
     """The tiny UNet with scaled weights."""
-    model = onnx.load(tiny_export / "unet" / "model.onnx")
+    model = load_whole(tiny_export / "unet" / "model.onnx")
     for weight in model.graph.initializer:
         if weight.name in ("conv_in.weight", "conv_in.bias"):
             weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * STRESS, weight.name))

@@ -126,38 +126,69 @@ def test_doctor_says_that_engines_can_be_built_but_not_run(python):
     assert NO_DRIVER in state["text"]
 
 
-def test_a_graph_that_tensorrt_cannot_read_is_an_error_that_names_the_node(python, tmp_path):
+def ordered(python, folder, nodes, *, weights=(), domain=None, refit=False):
+    """Build the engine of a graph x → y of these nodes; the messages that the child sent, parsed."""
     import onnx
     from onnx import TensorProto, helper
 
     graph = helper.make_graph(
-        [helper.make_node("Unknowable", ["x"], ["y"], name="the_odd_one", domain="nowhere")],
+        nodes,
         "odd",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+        weights,
     )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nowhere", 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "model.onnx")
+    opsets = [helper.make_opsetid("", 20), *([] if domain is None else [helper.make_opsetid(domain, 1)])]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), folder / "model.onnx")
     order = {
         "component": "step",
         "library": "tensorrt_rtx",
-        "onnx_path": str(tmp_path / "model.onnx"),
-        "engine_path": str(tmp_path / "model.engine"),
+        "onnx_path": str(folder / "model.onnx"),
+        "engine_path": str(folder / "model.engine"),
         "timing_cache_path": None,
         "profiles": [],
         "targets": [],
         "own_capture": True,
-        "refit": False,
+        "refit": refit,
         "workspace_bytes": None,
     }
-    (tmp_path / "order.json").write_text(json.dumps(order))
-    command = [python, "-m", "sdrt.engines.tensorrt_child", tmp_path / "order.json"]
+    (folder / "order.json").write_text(json.dumps(order))
+    command = [python, "-m", "sdrt.engines.tensorrt_child", folder / "order.json"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    error = json.loads(done.stdout.splitlines()[-1])["error"]
+    messages = {}
+    for line in done.stdout.splitlines():
+        messages |= json.loads(line)
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+    return messages
+
+
+def test_a_graph_that_tensorrt_cannot_read_is_an_error_that_names_the_node(python, tmp_path):
+    from onnx import helper
+
+    odd = helper.make_node("Unknowable", ["x"], ["y"], name="the_odd_one", domain="nowhere")
+    error = ordered(python, tmp_path, [odd], domain="nowhere")["error"]
     assert error["kind"] == "BuildError"
-    assert "cannot read the Unknowable the_odd_one of step" in error["message"]
+    assert "cannot read step: it refused the Unknowable the_odd_one" in error["message"]
     assert not (tmp_path / "model.engine").exists()
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_constant_that_tensorrt_cannot_compute_is_folded_unless_names_must_be_kept(python, tmp_path, refit):
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    nodes = [
+        helper.make_node("Det", ["matrix"], ["two"], name="determinant"),
+        helper.make_node("Mul", ["x", "two"], ["y"], name="double"),
+    ]
+    matrix = numpy_helper.from_array(np.diag(np.array([1, 2], np.float32)), "matrix")
+    messages = ordered(python, tmp_path, nodes, weights=[matrix], refit=refit)
+    if refit:
+        assert "it refused the Det determinant" in messages["error"]["message"]
+    else:
+        assert messages["result"]["engine_bytes"] > 0
+        assert messages["warning"].startswith("step was folded first: the parser refused the Det determinant")
+    assert (tmp_path / "model.engine").exists() is not refit
 
 
 def test_polygraphy_builds_an_engine_whose_outputs_are_inner_tensors(python, shapes_onnx, tmp_path):
