@@ -34,9 +34,7 @@ from sdrt.errors import Cancelled
 from sdrt.files import check_replaceable, check_writable, staged_directory
 from sdrt.plan.rows import MAX_STATE_SLOTS
 from sdrt.progress import Progress
-from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32
-
-LANES_PER_IMAGE = 2  # with and without the prompt: classifier-free guidance
+from sdrt.runners.base import LANES_PER_IMAGE, VAE_DECODER, VAE_DECODER_FLOAT32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

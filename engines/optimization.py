@@ -7,11 +7,10 @@ from types import MappingProxyType
 from sdrt.bundle import ShapeProfile, TensorSpec
 from sdrt.engines.base import ComponentSource
 from sdrt.errors import BuildError
-from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER
+from sdrt.runners.base import LANES_PER_IMAGE, STEP, TEXT_ENCODER, VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER
 from sdrt.vae import tile_for
 
 HOT_SIZES = 4  # sizes of a list that get a profile of their own; each costs building time and engine size
-LANES_PER_IMAGE = 2
 # What each dimension of each input is; exporters name them as they like.
 _DIMENSIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -74,7 +73,7 @@ def _ranges(source: ComponentSource) -> list[dict[str, Range]]:
         raise BuildError(f"{source.name} is no component that TensorRT builds", hint="update sdrt")
     general = length | _sides(source, profile.minimum, profile.maximum)
     general |= {
-        "requests": Range(minimum=1, optimum=1, maximum=profile.max_batch),
+        "requests": Range(minimum=1, optimum=profile.max_batch, maximum=profile.max_batch),  # batches are padded to it
         "lanes": Range(minimum=1, optimum=LANES_PER_IMAGE, maximum=source.max_lanes),
     }
     hot = [general | _sides(source, size, size) for size in _hot_sizes(profile, source)]

@@ -15,10 +15,10 @@ from sdrt.engines.components import input_specs
 from sdrt.engines.memory import check_memory
 from sdrt.engines.onnx_files import external_files, load_graph
 from sdrt.engines.optimization import optimization_profiles
-from sdrt.engines.tensorrt_child import Order
+from sdrt.engines.tensorrt_child import CURRENT, Order
 from sdrt.errors import BuildError
 from sdrt.progress import Progress, silent
-from sdrt.runners.nvidia import INSTALL, Device, Library, find_device, load_library
+from sdrt.runners.nvidia import INSTALL, Device, Library, architectures, find_device, load_library
 from sdrt.worker import run_child
 
 ENGINE_NAME = "model.engine"
@@ -83,6 +83,7 @@ class TensorRtBuilder:
         return {
             "profiles": msgspec.to_builtins([asdict(profile) for profile in profiles]),
             "refit": self.refit,
+            "targets": list(self._targets()),
             "workspace_bytes": self.workspace_bytes,
         }
 
@@ -101,7 +102,7 @@ class TensorRtBuilder:
             engine_path=str(folder / ENGINE_NAME),
             timing_cache_path=self._timing_cache(),
             profiles=optimization_profiles(source, input_specs(model)),
-            targets=self.targets,
+            targets=self._targets(),
             own_capture=self.library.name == "tensorrt_rtx",
             refit=self.refit,
             workspace_bytes=self.workspace_bytes,
@@ -112,9 +113,16 @@ class TensorRtBuilder:
             run_child(CHILD, [str(path)], progress, hint_if_absent=INSTALL, grace_seconds=GRACE_SECONDS)
         return (ENGINE_NAME,)
 
+    def _targets(self) -> tuple[str, ...]:
+        """What was asked for; for a GPU that TensorRT-RTX's portable engines are not for, this one."""
+        known = architectures(self.library)
+        if self.targets or self.gpu is None or not known or self.gpu.architecture in known:
+            return self.targets
+        return (CURRENT,)
+
     def _timing_cache(self) -> str | None:
-        """Measured times are of one device and one version; ahead of time nothing is measured."""
-        if self.gpu is None:
+        """Measured times are of one device and one version; TensorRT-RTX measures nothing, with a GPU or without."""
+        if self.gpu is None or self.library.name == "tensorrt_rtx":
             return None
         folder = default_cache_root() / "timing"
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,13 +21,16 @@ from sdrt.errors import BackendError, BuildError
 from sdrt.files import write_atomically
 from sdrt.progress import Progress
 from sdrt.runners.cuda_python import remembering_logger
-from sdrt.runners.nvidia import Library, LibraryName, load_library
+from sdrt.runners.nvidia import Library, LibraryName, architectures, load_library
 from sdrt.worker import serve
+
+CURRENT = "current"  # the target for the GPU at hand, whatever it is
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What to build. targets: architectures such as "sm89", none for every GPU that the library's engines run on.
+    """What to build.
 
+    targets: architectures such as "sm89", or `CURRENT`; none for every GPU that the library's engines run on.
     own_capture: leave all allocations to the runner, as capturing into its own CUDA graphs needs.
     workspace_bytes: the most scratch memory that a kernel may take; None for what the library thinks right.
     """
@@ -86,7 +89,7 @@ def build(session: Session, order: Order, progress: Progress) -> JsonValue:
     session.alive.extend((builder, config, config.progress_monitor))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     _set_flags(trt, config, order)
-    _set_targets(trt, config, order)
+    _set_targets(session, config, order)
     for each in order.profiles:
         config.add_optimization_profile(_profile(builder, each))
     timing = _open_timing_cache(config, order)
@@ -97,7 +100,7 @@ def build(session: Session, order: Order, progress: Progress) -> JsonValue:
             f"{order.library} cannot build {order.component}: {session.reason()}",
             hint="build it with --backend onnxruntime or openvino, and report the layer",
         )
-    write_atomically(Path(order.engine_path), bytes(engine))
+    write_atomically(Path(order.engine_path), memoryview(engine))
     if timing is not None and order.timing_cache_path is not None:
         write_atomically(Path(order.timing_cache_path), bytes(timing.serialize()), overwrite=True)
     return {"layers": int(network.num_layers), "engine_bytes": int(engine.nbytes)}
@@ -194,6 +197,7 @@ def _parse(session: Session, builder: Any, path: Path) -> tuple[Any, str | None]
 
 
 def _set_flags(trt: Any, config: Any, order: Order) -> None:  # noqa: ANN401
+    config.clear_flag(trt.BuilderFlag.TF32)  # set by default: ten bits, where float32 islands need all of theirs
     if order.own_capture:
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if order.refit:
@@ -202,18 +206,18 @@ def _set_flags(trt: Any, config: Any, order: Order) -> None:  # noqa: ANN401
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, order.workspace_bytes)
 
 
-def _set_targets(trt: Any, config: Any, order: Order) -> None:  # noqa: ANN401
+def _set_targets(session: Session, config: Any, order: Order) -> None:  # noqa: ANN401
     if not order.targets:
         return
-    known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items()}
-    if unknown := [target for target in order.targets if target not in known]:
+    capabilities = session.library.module.ComputeCapability.__members__
+    known = architectures(session.library)
+    if unknown := [target for target in order.targets if target not in (*known, CURRENT)]:
         raise BuildError(
-            f"{order.library} builds for no {', '.join(unknown)}",
-            hint=f"choose among: {', '.join(sorted(name for name in known if name.startswith('sm')))}",
+            f"{order.library} builds for no {', '.join(unknown)}", hint=f"choose among: {', '.join(known)}"
         )
     config.num_compute_capabilities = len(order.targets)
     for index, target in enumerate(order.targets):
-        config.set_compute_capability(known[target], index)
+        config.set_compute_capability(capabilities[target.upper()], index)
 
 
 def _profile(builder: Any, shapes: OptimizationProfile) -> Any:  # noqa: ANN401

@@ -18,7 +18,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LONGEST_PREFIX = 40  # characters of the target's name that a temporary sibling repeats, lest its own be too long
 
 
-def write_atomically(path: Path, data: bytes, *, overwrite: bool = False, durable: bool = True) -> None:
+def write_atomically(path: Path, data: bytes | memoryview, *, overwrite: bool = False, durable: bool = True) -> None:
     """Write a whole file or nothing: a temporary sibling is filled, then moved into place.
 
     durable: wait until the disk has it. Without, a loss of power may leave an empty or shorter file.

@@ -1,8 +1,12 @@
 """What a TensorRT bundle needs of a machine: each thing that does not fit is its own error, before an engine loads."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from sdrt.bundle import BackendRecord
+from sdrt.engines.tensorrt import TensorRtBuilder
+from sdrt.engines.tensorrt_child import CURRENT
 from sdrt.errors import BackendError, BundleError
 from sdrt.runners import nvidia
 from sdrt.runners.nvidia import Device, check_device, check_version, library_of
@@ -90,3 +94,24 @@ def test_what_is_missing_is_told_apart(monkeypatch, runtime, text):
     monkeypatch.setattr(nvidia, "load_cuda_runtime", lambda: runtime)
     with pytest.raises(BackendError, match=text):
         nvidia.require_device()
+
+
+def test_a_gpu_that_portable_engines_are_not_for_has_its_own():
+    known = SimpleNamespace(
+        ComputeCapability=SimpleNamespace(__members__={"NONE": 0, "SM80": 1, "SM89": 2, "CURRENT": 3})
+    )
+    library = nvidia.Library(name="tensorrt_rtx", version="1.7", module=known)
+    assert nvidia.architectures(library) == ("sm80", "sm89")
+    builders = {
+        capability: TensorRtBuilder(
+            library=library,
+            gpu=nvidia.Device(name="a GPU", compute_capability=capability, memory_bytes=1),
+            targets=targets,
+        )
+        for capability, targets in (((8, 9), ()), ((9, 0), ()), ((9, 1), ("sm80",)))
+    }
+    assert {capability: builder._targets() for capability, builder in builders.items()} == {
+        (8, 9): (),
+        (9, 0): (CURRENT,),
+        (9, 1): ("sm80",),
+    }

@@ -33,23 +33,23 @@ def profiles(component, *specs, sizes=None, batch="1..4"):
 
 def test_a_range_has_a_profile_for_the_models_own_size_and_one_for_everything():
     hot, general = profiles("step", STATE, GUIDANCE, EMBEDS, sizes="256..768")
-    assert hot["state"] == ((1, 6, 4, 64, 64), (1, 6, 4, 64, 64), (4, 6, 4, 64, 64))
-    assert general["state"] == ((1, 6, 4, 32, 32), (1, 6, 4, 64, 64), (4, 6, 4, 96, 96))
-    assert general["guidance"] == ((1, 1), (1, 2), (4, 8))
+    assert hot["state"] == ((1, 6, 4, 64, 64), (4, 6, 4, 64, 64), (4, 6, 4, 64, 64))
+    assert general["state"] == ((1, 6, 4, 32, 32), (4, 6, 4, 64, 64), (4, 6, 4, 96, 96))
+    assert general["guidance"] == ((1, 1), (4, 2), (4, 8))
     assert general["prompt_embeds"] == ((1, 77, 128), (2, 77, 128), (8, 77, 128))
 
 
 def test_each_size_of_a_list_has_its_own():
     first, second = profiles("step", STATE, sizes="512x512,512x768")
-    assert first["state"] == ((1, 6, 4, 64, 64), (1, 6, 4, 64, 64), (4, 6, 4, 64, 64))
-    assert second["state"] == ((1, 6, 4, 96, 64), (1, 6, 4, 96, 64), (4, 6, 4, 96, 64))
+    assert first["state"] == ((1, 6, 4, 64, 64), (4, 6, 4, 64, 64), (4, 6, 4, 64, 64))
+    assert second["state"] == ((1, 6, 4, 96, 64), (4, 6, 4, 96, 64), (4, 6, 4, 96, 64))
 
 
 def test_a_long_list_ends_in_one_for_all_the_rest():
     sizes = ",".join(f"512x{64 * count}" for count in range(4, 11))
     found = profiles("step", STATE, sizes=sizes)
     assert len(found) == HOT_SIZES + 1
-    assert found[-1]["state"] == ((1, 6, 4, 32, 64), (1, 6, 4, 64, 64), (4, 6, 4, 80, 64))
+    assert found[-1]["state"] == ((1, 6, 4, 32, 64), (4, 6, 4, 64, 64), (4, 6, 4, 80, 64))
 
 
 def test_one_size_and_one_image_at_a_time_are_static_with_and_without_guidance():
@@ -72,7 +72,7 @@ def test_the_text_encoder_takes_one_prompt_of_the_models_length():
 
 def test_a_range_that_excludes_the_models_own_size_is_tuned_for_its_nearest():
     (found,) = profiles("step", STATE, sizes="576..768")
-    assert found["state"] == ((1, 6, 4, 72, 72), (1, 6, 4, 72, 72), (4, 6, 4, 96, 96))
+    assert found["state"] == ((1, 6, 4, 72, 72), (4, 6, 4, 72, 72), (4, 6, 4, 96, 96))
 
 
 def test_an_input_that_is_not_known_is_refused():

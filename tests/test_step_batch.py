@@ -160,6 +160,30 @@ class TestSteps:
             batch.close()
         assert pipeline.runner.counters.captures == before == 2  # the text encoder's and the step's
 
+    def test_take_turns_with_others_on_the_device_alone(self, pipeline, cuda):
+        """Another's state is copied away and ours in: nothing goes through the host, and nobody waits for all."""
+        paths = trajectories(pipeline, request(num_inference_steps=8), request(num_inference_steps=8, seed=2))
+        batches = [open_batch(pipeline.runner, [path]) for path in paths]
+        for batch in batches * 2:
+            batch.advance()
+        cuda.log.clear()
+        for batch in batches:
+            batch.advance()
+        assert cuda.log == ["copy", *["copy"] * 5, "event", *["copy"] * 3, "launch", "event", "wait"] * 2
+        assert cuda.pending()
+        for batch in batches:
+            batch.close()
+
+    def test_that_take_turns_count_no_gap_for_the_turns_of_others(self, pipeline):
+        paths = trajectories(pipeline, request(), request(seed=2))
+        batches = [open_batch(pipeline.runner, [path]) for path in paths]
+        for batch in batches * 3:
+            batch.advance()
+        for batch in batches:
+            batch.collect()
+            assert batch.gap_seconds() == 0
+            batch.close()
+
     def test_are_queued_one_ahead_of_the_device(self, pipeline, cuda):
         (path,) = trajectories(pipeline, request(num_inference_steps=8))
         batch = open_batch(pipeline.runner, [path])

@@ -1,6 +1,7 @@
 """The TensorRT runner on a simulated GPU that enforces CUDA's rules: whole images, graphs, memory, errors."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from safetensors.numpy import load_file
 
 from sdrt.errors import BackendError, ParityError
 from sdrt.pipeline import Pipeline
-from sdrt.runners.base import STEP, VAE_DECODER
+from sdrt.runners.base import STEP, VAE_DECODER, VAE_ENCODER
 from sdrt.runners.onnxruntime import OnnxRuntimeRunner
 from sdrt.runners.tensorrt import TensorRtRunner
-from tests.simulated_cuda import BrokenRuleError, SimulatedCuda
+from tests.simulated_cuda import BrokenRuleError, SimulatedContext, SimulatedCuda
 
 
 @pytest.fixture
@@ -99,18 +100,41 @@ class TestGraphs:
 
     def test_a_replay_is_equal_to_a_plain_launch_to_the_bit(self, bundle, profiles):
         results = []
-        for refuse_capture in (False, True):
-            with TensorRtRunner(bundle, SimulatedCuda(profiles, refuse_capture=refuse_capture)) as runner:
+        for plain in (False, True):
+            with TensorRtRunner(bundle, SimulatedCuda(profiles), capture=not plain) as runner:
                 results.append([runner.run(STEP, step_feeds(seed=seed))["next_state"] for seed in range(3)])
         assert np.array_equal(*results)
 
     def test_where_capture_fails_plain_launches_serve_and_it_is_counted_once(self, bundle, profiles, expected):
         runner = TensorRtRunner(bundle, SimulatedCuda(profiles, refuse_capture=True))
-        with Pipeline(bundle, runner) as pipeline:
+        with Pipeline(bundle, runner) as pipeline, pytest.warns(UserWarning, match="no CUDA graph") as warned:
             assert np.array_equal(draw(pipeline), expected())
+        assert len(warned) == 3
         assert runner.counters.captures == runner.counters.replays == 0
         assert runner.counters.failed_captures == 3  # text encoder, step and VAE decoder: once each
         assert runner.counters.plain_launches == 7  # two prompts, four rows of PNDM, one image
+
+    def test_work_that_fails_while_it_is_captured_leaves_no_graph(self, bundle, cuda, monkeypatch):
+        enqueue = SimulatedContext.enqueue
+
+        def refuse_in_capture(context, stream):
+            if cuda.streams[stream].capturing is not None:
+                raise BackendError("not while capturing", hint="none")
+            enqueue(context, stream)
+
+        monkeypatch.setattr(SimulatedContext, "enqueue", refuse_in_capture)
+        with TensorRtRunner(bundle, cuda) as runner:
+            with pytest.warns(UserWarning, match="not while capturing"):
+                runner.run(STEP, step_feeds())
+            assert not cuda.graphs
+            runner.run(STEP, step_feeds())
+            assert runner.counters.plain_launches == 2
+
+    def test_what_a_first_launch_compiled_is_kept_at_once(self, bundle, cuda):
+        with TensorRtRunner(bundle, cuda) as runner:
+            for _ in range(3):
+                runner.run(STEP, step_feeds())
+            assert cuda.log.count("keep") == 1
 
     def test_each_shape_has_its_own_and_comes_back(self, bundle, cuda):
         with TensorRtRunner(bundle, cuda) as runner:
@@ -170,6 +194,25 @@ class TestMemory:
                 runner.run(STEP, step_feeds(side=16))
             assert np.array_equal(runner.run(STEP, step_feeds(side=8))["next_state"], exact)
 
+    def test_too_little_memory_for_a_component_that_is_opened_late_is_an_error_once(self, bundle, cuda):
+        with TensorRtRunner(bundle, cuda) as runner:
+            pixels = {"sample": np.zeros((1, 3, 64, 64), np.float32)}
+            limit, cuda.memory_limit = cuda.memory_limit, cuda.used() + 1000
+            for _ in range(2):
+                with pytest.raises(BackendError, match="MemoryAllocation"):
+                    runner.run(VAE_ENCODER, pixels)
+            cuda.memory_limit = limit
+            assert runner.run(VAE_ENCODER, pixels)
+
+    def test_closing_releases_the_rest_when_something_fails(self, bundle, cuda, monkeypatch):
+        runner = TensorRtRunner(bundle, cuda)
+        runner.run(STEP, step_feeds())
+        monkeypatch.setattr(cuda, "keep", refuse)
+        with pytest.raises(BackendError, match="was refused"):
+            runner.close()
+        assert not cuda.blocks
+        assert not cuda.pinned
+
     def test_too_little_memory_to_open_leaves_nothing(self, bundle, profiles):
         cuda = SimulatedCuda(profiles, memory_limit=100_000)
         with pytest.raises(BackendError, match="MemoryAllocation"):
@@ -203,7 +246,7 @@ class TestErrors:
             assert runner.run(STEP, step_feeds(lanes=2))["next_state"].shape == (1, 6, 4, 8, 8)
 
 
-def refuse(context, stream):
+def refuse(*arguments):
     raise BackendError("the kernel was refused", hint="none")
 
 
@@ -303,3 +346,21 @@ def test_without_capturing_every_launch_is_plain(bundle, cuda, expected):
     with Pipeline(bundle, runner) as pipeline:
         assert np.array_equal(draw(pipeline), expected())
     assert runner.counters.captures == runner.counters.replays == runner.counters.failed_captures == 0
+
+
+@pytest.mark.parametrize(
+    ("needed", "padded"),
+    [
+        ((1, 1), (12, 1)),
+        ((3, 5), (12, 5)),
+        ((8, 8), (12, 8)),
+        ((8, 9), (12, 10)),
+        ((9, 17), (12, 20)),
+        ((12, 24), (12, 24)),
+    ],
+)
+def test_a_batch_is_padded_to_few_sizes(bundle, cuda, needed, padded):
+    profile = replace(bundle.manifest.profile, max_batch=12)
+    larger = replace(bundle, manifest=replace(bundle.manifest, profile=profile))
+    with TensorRtRunner(larger, cuda) as runner:
+        assert runner.batch_size(*needed) == padded

@@ -185,6 +185,10 @@ class CudaDriver(Protocol):
         """Load an engine. Raises BackendError when the file is none for this device and library."""
         ...
 
+    def keep(self) -> None:
+        """Write down what was learnt about this GPU, for the next start. Engines must still be open."""
+        ...
+
     def close(self) -> None:
-        """Release what the driver itself holds, and keep what it learnt for the next start."""
+        """Release what the driver itself holds."""
         ...

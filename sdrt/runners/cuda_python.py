@@ -1,8 +1,11 @@
 """`CudaDriver` on a real GPU: CUDA's runtime through cuda-python, engines through TensorRT or TensorRT-RTX."""
 
 import ctypes
+import hashlib
+import mmap
 import sys
 import warnings
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -19,6 +22,7 @@ from sdrt.runners.nvidia import (
     Device,
     Library,
     LibraryName,
+    architectures,
     load_cuda_driver,
     load_cuda_runtime,
     load_library,
@@ -26,6 +30,7 @@ from sdrt.runners.nvidia import (
 )
 
 _THREADS = 256  # of one block
+_ERRORS = 16  # remembered of TensorRT
 _VERIFY = "check the bundle with: sdrt verify"
 
 
@@ -45,6 +50,7 @@ class CudaPython:
         self._logger = remembering_logger(self._library.module)
         self._runtime = self._library.module.Runtime(self._logger)
         self._caches: dict[Path, Any] = {}
+        self._kept: dict[Path, bytes] = {}  # the digest of what each file holds
         self._setup = self.create_stream()
 
     def allocate(self, size: int) -> int:
@@ -98,9 +104,11 @@ class CudaPython:
         """See `CudaDriver`."""
         graph = self._call("cudaStreamEndCapture", stream)
         try:
-            return int(self._call("cudaGraphInstantiate", graph, 0))
+            launchable = int(self._call("cudaGraphInstantiate", graph, 0))
         finally:
             self._call("cudaGraphDestroy", graph)
+        self._call("cudaGraphUpload", launchable, stream)  # or the first launch waits for it
+        return launchable
 
     def launch(self, graph: int, stream: int) -> None:
         """See `CudaDriver`."""
@@ -112,7 +120,8 @@ class CudaPython:
 
     def record_event(self, stream: int) -> int:
         """See `CudaDriver`."""
-        event = int(self._call("cudaEventCreate"))
+        # A thread that waits for it sleeps, where it would keep a core busy by default.
+        event = int(self._call("cudaEventCreateWithFlags", self._cuda.cudaEventBlockingSync))
         self._call("cudaEventRecord", event, stream)
         return event
 
@@ -139,24 +148,37 @@ class CudaPython:
 
     def open_engine(self, path: Path) -> "TensorRtEngine":
         """See `CudaDriver`."""
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        self._logger.forget()
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise BackendError(
-                f"{self._library.name} {self._library.version} cannot load {path} on {self.device.name}: "
-                f"{self._logger.reason()}",
-                hint="rebuild the bundle on this machine with: sdrt build … --backend tensorrt",
+                f"{self._library.name} {self._library.version} cannot load {path} on {self.device.name} "
+                f"({self.device.architecture}): {self._logger.reason()}",
+                hint=self._advice(),
             )
         cache = self._kernel_cache(path)
         return TensorRtEngine(
             engine=engine, library=self._library, logger=self._logger, setup=self._setup, driver=self, kernels=cache
         )
 
-    def close(self) -> None:
-        """See `CudaDriver`."""
+    def keep(self) -> None:
+        """See `CudaDriver`: the kernels that TensorRT-RTX compiled."""
         for path, cache in self._caches.items():
             self._keep_kernels(path, cache)
+
+    def close(self) -> None:
+        """See `CudaDriver`."""
         self._caches.clear()
         self.destroy_stream(self._setup)
+
+    def _advice(self) -> str:
+        if self._library.name == "tensorrt_rtx" and self.device.architecture not in architectures(self._library):
+            return (
+                f"TensorRT-RTX may not know {self.device.architecture}: rebuild it on this machine, with TensorRT "
+                "installed, or with --backend onnxruntime for sdrt run --provider cuda"
+            )
+        return "rebuild the bundle on this machine with: sdrt build … --backend tensorrt"
 
     def _kernel_cache(self, path: Path) -> Path | None:
         """Where the kernels compiled for this engine, GPU and version are kept; TensorRT has none to keep."""
@@ -169,18 +191,26 @@ class CudaPython:
         """Give a runtime config the kernels that were compiled before. Unreadable ones are compiled again."""
         if path not in self._caches:
             cache = config.create_runtime_cache()
-            if path.is_file() and not cache.deserialize(path.read_bytes()):
-                warnings.warn(f"{path} is not readable; kernels are compiled again", stacklevel=2)
+            if path.is_file():
+                content = path.read_bytes()
+                self._kept[path] = hashlib.sha256(content).digest()
+                if not cache.deserialize(content):
+                    warnings.warn(f"{path} is not readable; kernels are compiled again", stacklevel=2)
             self._caches[path] = cache
         config.set_runtime_cache(self._caches[path])
 
     def _keep_kernels(self, path: Path, cache: Any) -> None:  # noqa: ANN401
-        content = cache.serialize()
-        if content is None:
+        serialized = cache.serialize()
+        if serialized is None:
             return
+        content = bytes(serialized)
+        digest = hashlib.sha256(content).digest()
+        if self._kept.get(path) == digest:
+            return
+        self._kept[path] = digest  # also if it cannot be written: once is enough to say so
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, bytes(content), overwrite=True)
+            write_atomically(path, content, overwrite=True)
         except (OSError, OutputError) as error:
             warnings.warn(f"compiled kernels are not kept, the next start compiles them again: {error}", stacklevel=2)
 
@@ -259,6 +289,7 @@ class TensorRtEngine:
     def create_context(self, profile: int, shapes: Shapes) -> EngineContext:
         """See `Engine`."""
         trt = self.library.module
+        self.logger.forget()
         config = self.engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self.kernels is not None:
@@ -277,7 +308,7 @@ class TensorRtEngine:
         if not ready or refused:
             raise BackendError(f"an engine refuses the shape of {refused}: {self.logger.reason()}", hint=_VERIFY)
         outputs = tuple(tensor.name for tensor in self.tensors if not tensor.is_input)
-        return TensorRtContext(context=context, outputs=outputs, logger=self.logger)
+        return TensorRtContext(context=context, config=config, outputs=outputs, logger=self.logger)
 
     def refit(self, weights: Mapping[str, Array]) -> None:
         """See `Engine`."""
@@ -286,8 +317,9 @@ class TensorRtEngine:
             raise BackendError(
                 "the engine's weights cannot be replaced", hint="build the bundle on a machine with a GPU, with --refit"
             )
+        self.logger.forget()
         refitter = trt.Refitter(self.engine, self.logger)
-        kept = {name: np.ascontiguousarray(array) for name, array in weights.items()}  # read only at the end
+        kept = {name: self._as_built(refitter, name, array) for name, array in weights.items()}  # read only at the end
         unknown = [name for name, array in kept.items() if not refitter.set_named_weights(name, trt.Weights(array))]
         missing = list(refitter.get_missing_weights())
         if unknown or missing:
@@ -305,6 +337,12 @@ class TensorRtEngine:
         """See `Engine`."""
         self.engine = None
 
+    def _as_built(self, refitter: Any, name: str, array: Array) -> Array:  # noqa: ANN401
+        """A weight in the type of the one that it replaces: the mixed graph has halved some and not others."""
+        prototype = refitter.get_weights_prototype(name)
+        dtype = array.dtype if prototype.size < 0 else self.library.module.nptype(prototype.dtype)
+        return np.ascontiguousarray(array, dtype)
+
     def _covers(self, name: str, profile: int, shape: tuple[int, ...]) -> bool:
         smallest, _, largest = self.engine.get_tensor_profile_shape(name, profile)
         return len(shape) == len(smallest) and all(
@@ -314,9 +352,10 @@ class TensorRtEngine:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class TensorRtContext:
-    """See `EngineContext`."""
+    """See `EngineContext`. config: what it was made with, which it may still read."""
 
     context: Any
+    config: Any
     outputs: tuple[str, ...]
     logger: Any
 
@@ -334,17 +373,19 @@ class TensorRtContext:
 
     def set_address(self, name: str, address: int) -> None:
         """See `EngineContext`."""
+        self.logger.forget()
         if not self.context.set_tensor_address(name, address):
             raise BackendError(f"an engine refuses the address of {name}: {self.logger.reason()}", hint=_VERIFY)
 
     def enqueue(self, stream: int) -> None:
         """See `EngineContext`."""
+        self.logger.forget()
         if not self.context.execute_async_v3(stream):
             raise BackendError(f"an engine failed: {self.logger.reason()}", hint=_VERIFY)
 
     def close(self) -> None:
         """See `EngineContext`."""
-        self.context = None
+        self.context = self.config = None
 
 
 def remembering_logger(trt: Any) -> Any:  # noqa: ANN401  (TensorRT's classes exist once its module is loaded)
@@ -353,7 +394,7 @@ def remembering_logger(trt: Any) -> Any:  # noqa: ANN401  (TensorRT's classes ex
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.errors: list[str] = []
+            self.errors: deque[str] = deque(maxlen=_ERRORS)
 
         def log(self, severity: Any, message: str) -> None:  # noqa: ANN401
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
@@ -361,10 +402,12 @@ def remembering_logger(trt: Any) -> Any:  # noqa: ANN401  (TensorRT's classes ex
             if severity not in (trt.ILogger.INFO, trt.ILogger.VERBOSE):
                 sys.stderr.write(f"{message}\n")
 
-        def reason(self) -> str:
-            """The first error since the last time it was asked for."""
-            first = self.errors[0] if self.errors else "TensorRT gives no reason"
+        def forget(self) -> None:
+            """Something new is about to be tried: what was said before is not its reason."""
             self.errors.clear()
-            return first
+
+        def reason(self) -> str:
+            """The first error since then."""
+            return self.errors[0] if self.errors else "TensorRT gives no reason"
 
     return Logger()

@@ -4,8 +4,10 @@ One stream runs everything one after the other, so all contexts share one arena 
 have fixed addresses, which captured graphs rely on.
 """
 
+import contextlib
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -15,6 +17,9 @@ from sdrt.bundle import Bundle
 from sdrt.errors import BackendError
 from sdrt.runners.base import Array
 from sdrt.runners.cuda import CudaDriver, Engine, EngineContext, Pinned, Shapes
+from sdrt.runners.device_pool import Pool
+
+_SMALLEST_ARENA = 256  # bytes: an engine that needs none still wants an address
 
 # call: feeds in, results out. step: everything is on the device already and stays there.
 Work = Literal["call", "step"]
@@ -88,14 +93,14 @@ class DeviceEngines:
         self.driver = driver
         self.stream = driver.create_stream()
         self.counters = Counters()
+        self.device_pool = Pool(driver.allocate, driver.free)
+        self.pinned_pool = Pool(driver.allocate_pinned, driver.free_pinned)
         self._bundle = bundle
         self._most_graphs = most_graphs
         self._capture = capture
         self._arena = _Block()
         self._borders: dict[str, Border] = {}
         self._prepared: OrderedDict[Key, Prepared] = OrderedDict()
-        self._reserved: dict[str, _Block] = {}
-        self._reserved_pinned: dict[str, Pinned] = {}
 
     def border(self, component: str) -> Border:
         """The component's engine, loaded on first use, and its border's memory."""
@@ -103,31 +108,24 @@ class DeviceEngines:
             record = self._bundle.component(component)
             engine = self.driver.open_engine(self._bundle.file(record.files[0]))
             border = Border(engine=engine, dtypes={tensor.name: tensor.dtype for tensor in engine.tensors})
+            try:
+                for name, size in _largest_bytes(engine).items():
+                    border.device[name] = self.driver.allocate(size)
+                    border.pinned[name] = self.driver.allocate_pinned(size)
+            except BaseException:  # the next to ask shall find no half-made one
+                self._unload(border)
+                raise
             self._borders[component] = border
-            for name, size in _largest_bytes(engine).items():
-                border.device[name] = self.driver.allocate(size)
-                border.pinned[name] = self.driver.allocate_pinned(size)
         return self._borders[component]
 
-    def reserve(self, name: str, size: int) -> int:
-        """Device memory of at least this size, the same for the same name until more is needed. The stream is idle."""
-        block = self._reserved.setdefault(name, _Block())
-        if block.size < size:
-            if block.address:
-                self.driver.free(block.address)
-                block.address, block.size = 0, 0
-            block.address, block.size = self.driver.allocate(size), size
-        return block.address
-
-    def reserve_pinned(self, name: str, size: int) -> Pinned:
-        """The same in pinned memory."""
-        block = self._reserved_pinned.get(name)
-        if block is None or block.bytes.size < size:
-            if block is not None:
-                del self._reserved_pinned[name]
-                self.driver.free_pinned(block)
-            block = self._reserved_pinned[name] = self.driver.allocate_pinned(size)
-        return block
+    @contextlib.contextmanager
+    def staging(self, size: int) -> Iterator[Pinned]:
+        """Pinned memory for work that has ended when the block is left."""
+        lease = self.pinned_pool.take(size)
+        try:
+            yield lease.block
+        finally:
+            self.pinned_pool.give(lease)
 
     def claim(self, border: Border, tenant: Tenant | None) -> None:
         """From now on the border's memory is the tenant's, or that of a call which leaves nothing in it."""
@@ -157,7 +155,7 @@ class DeviceEngines:
             self.counters.evictions += 1
         context = border.engine.create_context(profile, shapes)
         try:
-            self._share_arena(context.memory_bytes())
+            self._share_arena(max(context.memory_bytes(), _SMALLEST_ARENA))
             context.set_memory(self._arena.address, self._arena.size)
             for name, address in border.device.items():
                 context.set_address(name, address)
@@ -179,21 +177,31 @@ class DeviceEngines:
 
     def capture(self, prepared: Prepared, work: Work, queue: Callable[[], None]) -> None:
         """Record the work for the next time, after it ran once: what a context does only the first time is not allowed
-        in a capture. Where capturing fails, plain launches go on serving."""
-        if not self._capture or work in prepared.graphs or work in prepared.plain:
+        in a capture. Where capturing fails, plain launches go on serving, with a warning."""
+        if work in prepared.graphs or work in prepared.plain:
             return
         self.driver.synchronize(self.stream)
+        self.driver.keep()  # what the first launch compiled
+        if not self._capture:
+            prepared.plain.add(work)
+            return
         try:
-            self.driver.begin_capture(self.stream)
-            try:
-                queue()
-            finally:
-                graph = self.driver.end_capture(self.stream)
-            prepared.graphs[work] = graph
+            prepared.graphs[work] = self._captured(queue)
             self.counters.captures += 1
-        except BackendError:
+        except BackendError as error:
             prepared.plain.add(work)
             self.counters.failed_captures += 1
+            warnings.warn(f"no CUDA graph, so launches are slower: {error.message}", stacklevel=2)
+
+    def _captured(self, queue: Callable[[], None]) -> int:
+        self.driver.begin_capture(self.stream)
+        try:
+            queue()
+        except BaseException:
+            with contextlib.suppress(BackendError):  # that is already known
+                self.driver.destroy_graph(self.driver.end_capture(self.stream))
+            raise
+        return self.driver.end_capture(self.stream)
 
     def refit(self, component: str, weights: Mapping[str, Array]) -> None:
         """Replace weights of a component; what was prepared for it is prepared again when it is needed."""
@@ -203,24 +211,28 @@ class DeviceEngines:
         border.engine.refit(weights)
 
     def close(self) -> None:
-        """Release everything, the driver too."""
-        self.driver.synchronize(self.stream)
-        while self._prepared:
-            self._drop_oldest()
-        for border in self._borders.values():
-            for address in border.device.values():
-                self.driver.free(address)
-            for memory in border.pinned.values():
-                self.driver.free_pinned(memory)
-            border.engine.close()
+        """Release everything, the driver too, whatever of it fails; raises the first failure then."""
+        with contextlib.ExitStack() as releases:  # run in reverse
+            releases.callback(self.driver.close)
+            releases.callback(self.driver.destroy_stream, self.stream)
+            releases.callback(self.device_pool.clear)
+            releases.callback(self.pinned_pool.clear)
+            if self._arena.address:
+                releases.callback(self.driver.free, self._arena.address)
+            for border in self._borders.values():
+                releases.callback(self._unload, border)
+            for key in self._prepared:
+                releases.callback(self._drop, key)
+            releases.callback(self.driver.keep)
+            releases.callback(self.driver.synchronize, self.stream)
         self._borders.clear()
-        for block in (self._arena, *self._reserved.values()):
-            if block.address:
-                self.driver.free(block.address)
-        for memory in self._reserved_pinned.values():
+
+    def _unload(self, border: Border) -> None:
+        for address in border.device.values():
+            self.driver.free(address)
+        for memory in border.pinned.values():
             self.driver.free_pinned(memory)
-        self.driver.destroy_stream(self.stream)
-        self.driver.close()
+        border.engine.close()
 
     def _share_arena(self, needed: int) -> None:
         """Make the arena large enough. A larger one lies elsewhere, so graphs captured with the old one are dropped."""

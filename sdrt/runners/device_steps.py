@@ -5,7 +5,7 @@ captured step, and waits for the row before. So the GPU never waits for the host
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,28 +15,24 @@ from sdrt.philox import PhiloxDraw
 from sdrt.runners.base import STEP, Array, FloatArray, RowNoise
 from sdrt.runners.cuda import Pinned
 from sdrt.runners.device_engines import DeviceEngines, Prepared, typed
+from sdrt.runners.device_pool import Lease
 
 STATE, NEXT_STATE, NOISE = "state", "next_state", "noise"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Table:
-    """All rows of one input, on the device."""
-
-    address: int
-    row_bytes: int
+_ALIGNMENT = 256
+_STAGINGS = 2  # for noise: one is filled while the row before may still be uploading from the other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Span:
-    """The events around one row's work."""
+    """The events around one row's work. follows: the row before it was the last work of the device."""
 
     start: int
     end: int
+    follows: bool
 
 
 class DeviceSteps:
-    """See `Steps`. Several may be open: when another needs the border, the state moves out to the host and back in.
+    """See `Steps`. Several may be open: each has a home on the device, and takes turns at the engine's border.
 
     inputs: state, lane_request, prompt_embeds, guidance, noise (zeros: what is there before a row brings its own);
     rows: input_scale, timestep, transition, each [rows, …].
@@ -58,18 +54,18 @@ class DeviceSteps:
         self._border = engines.border(STEP)
         self._shapes = {name: array.shape for name, array in inputs.items()}
         self._shapes |= {name: array.shape[1:] for name, array in rows.items()}
-        self._inputs = {name: self._as_declared(name, array) for name, array in inputs.items()}
-        self._rows = {name: self._as_declared(name, array) for name, array in rows.items()}
+        self._inputs, self._rows = tuple(inputs), tuple(rows)
         self._length = min(len(array) for array in rows.values())
         self._done = 0
-        self._tables: dict[str, _Table] = {}
-        self._staging: tuple[Pinned, ...] = ()
+        self._stagings: list[Lease[Pinned]] = []
         self._unread: list[_Span] = []
         self._last_end: int | None = None
         self._seconds: list[float] = []
         self._gap = 0.0
         self._broken = self._closed = False
         engines.prepare(STEP, self._shapes)  # shapes outside every profile are refused now
+        self._places: dict[str, int] = {}
+        self._home = self._settle({**inputs, **rows})
 
     def advance(self, noise: Sequence[RowNoise]) -> None:
         """See `Steps.advance`."""
@@ -87,10 +83,14 @@ class DeviceSteps:
         """See `Steps.state`."""
         with self._lock:
             self._check_usable()
-            if self._border.tenant is self:
-                self._fetch_state()
-            state: FloatArray = self._inputs[STATE].astype(np.float32)
-            return state
+            driver, stream = self._engines.driver, self._engines.stream
+            shape, pinned = self._shapes[STATE], self._border.pinned[STATE]
+            source = self._border.device[STATE] if self._border.tenant is self else self._places[STATE]
+            driver.download(pinned.address, source, self._size(STATE), stream)
+            driver.synchronize(stream)
+            while self._unread:
+                self._read_oldest()
+            return np.array(self._border.staged(STATE, shape), np.float32)
 
     def seconds(self) -> tuple[float, ...]:
         """See `Steps.seconds`."""
@@ -103,8 +103,9 @@ class DeviceSteps:
     def move_out(self) -> None:
         """See `Tenant.move_out`; the lock is held."""
         if not (self._closed or self._broken):
-            self._fetch_state()
-        self._release()
+            self._engines.driver.copy(
+                self._places[STATE], self._border.device[STATE], self._size(STATE), self._engines.stream
+            )
 
     def close(self) -> None:
         """See `Steps.close`."""
@@ -112,14 +113,35 @@ class DeviceSteps:
             if self._closed:
                 return
             self._closed = True
-            self._engines.driver.synchronize(self._engines.stream)
             if self._border.tenant is self:
                 self._border.tenant = None
-            self._release()
             self._forget(self)
+            try:
+                self._engines.driver.synchronize(self._engines.stream)
+            finally:
+                self._release()
 
-    def _as_declared(self, name: str, array: Array) -> Array:
-        return np.ascontiguousarray(array, dtype=self._border.dtypes[name])
+    def _settle(self, arrays: Mapping[str, Array]) -> Lease[int]:
+        """Bring the state, what stays, and all rows to a place of their own on the device."""
+        engines = self._engines
+        ready = {name: np.ascontiguousarray(array, self._border.dtypes[name]) for name, array in arrays.items()}
+        offsets, total = {}, 0
+        for name, array in ready.items():
+            offsets[name] = total
+            total += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        home = engines.device_pool.take(total)
+        try:
+            with engines.staging(total) as staging:
+                for name, array in ready.items():
+                    content = staging.bytes[offsets[name] : offsets[name] + array.nbytes]
+                    np.copyto(content, array.reshape(-1).view(np.uint8))
+                engines.driver.upload(home.block, staging.address, total, engines.stream)
+                engines.driver.synchronize(engines.stream)
+        except BaseException:
+            engines.device_pool.give(home)
+            raise
+        self._places = {name: home.block + offset for name, offset in offsets.items()}
+        return home
 
     def _check_usable(self) -> None:
         if self._closed or self._broken:
@@ -129,9 +151,11 @@ class DeviceSteps:
     def _advance(self, noise: Sequence[RowNoise]) -> None:
         engines, driver, stream = self._engines, self._engines.driver, self._engines.stream
         prepared = engines.prepare(STEP, self._shapes)
-        engines.claim(self._border, self)
-        if not self._tables:
-            self._move_in()
+        follows = self._border.tenant is self
+        if not follows:
+            engines.claim(self._border, self)
+            for name in self._inputs:
+                driver.copy(self._border.device[name], self._places[name], self._size(name), stream)
         work = self._work(prepared)
         start = driver.record_event(stream)
         try:
@@ -141,7 +165,7 @@ class DeviceSteps:
         except BaseException:
             driver.destroy_event(start)
             raise
-        self._unread.append(_Span(start=start, end=end))
+        self._unread.append(_Span(start=start, end=end, follows=follows))
         self._done += 1
         engines.capture(prepared, "step", work)
         while len(self._unread) > 1:
@@ -152,8 +176,7 @@ class DeviceSteps:
 
         def queue() -> None:
             prepared.context.enqueue(stream)
-            size = border.bytes_of(STATE, self._shapes[STATE])
-            driver.copy(border.device[STATE], border.device[NEXT_STATE], size, stream)
+            driver.copy(border.device[STATE], border.device[NEXT_STATE], self._size(STATE), stream)
 
         return queue
 
@@ -163,52 +186,32 @@ class DeviceSteps:
         Where there is no noise, what was there before stays: its coefficient is 0.
         """
         driver, stream = self._engines.driver, self._engines.stream
-        for name, table in self._tables.items():
-            source = table.address + self._done * table.row_bytes
-            driver.copy(self._border.device[name], source, table.row_bytes, stream)
-        shape = self._shapes[NOISE]
-        one = self._border.bytes_of(NOISE, shape[1:])
-        # The row before the last has ended, so its staging memory is free again.
-        staging = self._staging[self._done % len(self._staging)]
-        staged = typed(staging, self._border.dtypes[NOISE], shape)
+        for name in self._rows:
+            size = self._size(name)
+            driver.copy(self._border.device[name], self._places[name] + self._done * size, size, stream)
+        one = self._border.bytes_of(NOISE, self._shapes[NOISE][1:])
+        uploads = self._staged(noise)
         for index, numbers in enumerate(noise):
             target = self._border.device[NOISE] + index * one
             if isinstance(numbers, PhiloxDraw):
                 driver.fill_normal(target, numbers, stream)
             elif numbers is not None:
-                np.copyto(staged[index], numbers)
-                driver.upload(target, staging.address + index * one, one, stream)
+                driver.upload(target, next(uploads), one, stream)
 
-    def _move_in(self) -> None:
-        """Bring the state, what stays, and all rows to the device."""
-        engines, border = self._engines, self._border
-        driver, stream = engines.driver, engines.stream
-        driver.synchronize(stream)
-        total = sum(array.nbytes for array in self._rows.values())
-        noise_bytes = border.bytes_of(NOISE, self._shapes[NOISE])
-        block, staging = engines.reserve("rows", total), engines.reserve_pinned("rows", total)
-        self._staging = tuple(engines.reserve_pinned(f"noise {index}", noise_bytes) for index in (0, 1))
-        for name, array in self._inputs.items():
-            np.copyto(border.staged(name, array.shape), array)
-            driver.upload(border.device[name], border.pinned[name].address, array.nbytes, stream)
-        offset = 0
-        for name, array in self._rows.items():
-            np.copyto(staging.bytes[offset : offset + array.nbytes], array.reshape(-1).view(np.uint8))
-            self._tables[name] = _Table(address=block + offset, row_bytes=array.nbytes // len(array))
-            offset += array.nbytes
-        driver.upload(block, staging.address, total, stream)
-        driver.synchronize(stream)
+    def _staged(self, noise: Sequence[RowNoise]) -> Iterator[int]:
+        """The addresses, one after the other, of the host's numbers in pinned memory."""
+        numbers = [(index, each) for index, each in enumerate(noise) if isinstance(each, np.ndarray)]
+        if numbers and not self._stagings:
+            self._stagings = [self._engines.pinned_pool.take(self._size(NOISE)) for _ in range(_STAGINGS)]
+        for index, each in numbers:
+            # The row before the last has ended, so its staging memory is free again.
+            pinned = self._stagings[self._done % _STAGINGS].block
+            staged = typed(pinned, self._border.dtypes[NOISE], self._shapes[NOISE])
+            np.copyto(staged[index], each)
+            yield pinned.address + index * staged[index].nbytes
 
-    def _fetch_state(self) -> None:
-        """Wait for the queued rows and keep their state on the host."""
-        driver, stream, border = self._engines.driver, self._engines.stream, self._border
-        shape = self._shapes[STATE]
-        pinned = border.pinned[STATE]
-        driver.download(pinned.address, border.device[STATE], border.bytes_of(STATE, shape), stream)
-        driver.synchronize(stream)
-        self._inputs[STATE] = border.staged(STATE, shape).copy()
-        while self._unread:
-            self._read_oldest()
+    def _size(self, name: str) -> int:
+        return self._border.bytes_of(name, self._shapes[name])
 
     def _read_oldest(self) -> None:
         """Wait for the oldest unread row and note its times."""
@@ -217,16 +220,20 @@ class DeviceSteps:
         driver.wait(span.end)
         self._seconds.append(driver.elapsed_seconds(span.start, span.end))
         if self._last_end is not None:
-            self._gap += driver.elapsed_seconds(self._last_end, span.start)
+            if span.follows:
+                self._gap += driver.elapsed_seconds(self._last_end, span.start)
             driver.destroy_event(self._last_end)
         driver.destroy_event(span.start)
         self._last_end = span.end
 
     def _release(self) -> None:
-        """Forget what lies on the device. The stream's work has ended."""
+        """Give back what is on the device. The stream's work has ended."""
         events = [event for span in self._unread for event in (span.start, span.end)]
         for event in [*events, *([] if self._last_end is None else [self._last_end])]:
             self._engines.driver.destroy_event(event)
         self._unread.clear()
-        self._last_end = None  # the way back to the device is no gap between two steps
-        self._tables.clear()
+        self._last_end = None
+        self._engines.device_pool.give(self._home)
+        for lease in self._stagings:
+            self._engines.pinned_pool.give(lease)
+        self._stagings.clear()

@@ -58,6 +58,13 @@ def load_library(wanted: LibraryName | None = None) -> Library:
     raise BackendError(f"{wanted or 'TensorRT'} is not installed", hint=f"install it with: {INSTALL}")
 
 
+def architectures(library: Library) -> tuple[str, ...]:
+    """Those that engines can be built for by name: "sm89". Empty for a library that knows only the GPU it runs on."""
+    known = getattr(library.module, "ComputeCapability", None)
+    names = () if known is None else known.__members__
+    return tuple(sorted(name.lower() for name in names if ARCHITECTURE.fullmatch(name.lower())))
+
+
 def find_device() -> Device | None:
     """The current GPU, or None where there is none or no driver. BackendError: cuda-python is not installed."""
     runtime = load_cuda_runtime()

@@ -4,6 +4,7 @@ No PyTorch: memory, streams and graphs through `CudaDriver`. `run` is a call wit
 `open_steps` keeps a batch on the device from step to step.
 """
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from types import TracebackType
@@ -13,13 +14,13 @@ import numpy as np
 
 from sdrt.bundle import Bundle
 from sdrt.errors import BackendError
-from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, Array, FloatArray
+from sdrt.runners.base import LANES_PER_IMAGE, STEP, TEXT_ENCODER, VAE_DECODER, Array, FloatArray
 from sdrt.runners.cuda import CudaDriver
 from sdrt.runners.device_engines import Border, Counters, DeviceEngines, Prepared
 from sdrt.runners.device_steps import DeviceSteps
 from sdrt.runners.feeds import asked_component, checked_feeds
 
-MOST_GRAPHS = 16  # sets of shapes; each may have a graph for calls and one for steps
+MOST_GRAPHS = 32  # sets of shapes; each may have a graph for calls and one for steps
 _OPENED_AT_ONCE = (TEXT_ENCODER, STEP, VAE_DECODER)
 
 
@@ -65,9 +66,12 @@ class TensorRtRunner:
     def batch_size(self, requests: int, lanes: int) -> tuple[int, int]:
         """See `SteppingRunner.batch_size`. A request costs a few operations on latents, a lane a network evaluation.
 
-        So every batch has as many requests as the bundle allows, and no more lanes than it needs.
+        So every batch has as many requests as the bundle allows, and at most an eighth more lanes than it needs.
         """
-        return max(requests, self._bundle.manifest.profile.max_batch), lanes
+        most = self._bundle.manifest.profile.max_batch
+        grain = 1 << max((lanes - 1).bit_length() - 3, 0)  # 1 up to 8 lanes, 2 up to 16, 4 up to 32
+        padded = -(-lanes // grain) * grain
+        return max(requests, most), max(lanes, min(padded, LANES_PER_IMAGE * most))
 
     def open_steps(self, inputs: Mapping[str, Array], rows: Mapping[str, Array]) -> DeviceSteps:
         """See `SteppingRunner.open_steps`."""
@@ -94,9 +98,10 @@ class TensorRtRunner:
         if self._closed:
             return
         self._closed = True
-        for steps in list(self._steps):
-            steps.close()
-        self._engines.close()
+        with contextlib.ExitStack() as releases:
+            releases.callback(self._engines.close)
+            for steps in self._steps.copy():
+                releases.callback(steps.close)
 
     def __enter__(self) -> Self:
         return self

@@ -65,6 +65,21 @@ def test_every_name_and_signature_of_nvidia_that_is_used_exists(python):
     assert int(done.stdout.split()[0]) > 100
 
 
+def test_float32_islands_are_not_computed_in_tf32(python):
+    code = (
+        "import tensorrt_rtx as trt\n"
+        "from sdrt.engines.tensorrt_child import Order, _set_flags\n"
+        "config = trt.Builder(trt.Logger()).create_builder_config()\n"
+        "order = Order(component='step', library='tensorrt_rtx', onnx_path='', engine_path='', profiles=(),\n"
+        "    targets=(), timing_cache_path=None, own_capture=True, refit=False, workspace_bytes=None)\n"
+        "before = config.get_flag(trt.BuilderFlag.TF32)\n"
+        "_set_flags(trt, config, order)\n"
+        "print(before, config.get_flag(trt.BuilderFlag.TF32))\n"
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
 @without_gpu
 def test_shapes_is_built_and_sealed_ahead_of_time(bundle):
     manifest = json.loads((bundle / "bundle.json").read_text())["manifest"]
