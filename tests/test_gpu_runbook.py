@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,10 @@ from sdrt.benchmarks.gpu.results import (
 )
 from sdrt.benchmarks.gpu.stages import STAGES, Stage
 from sdrt.benchmarks.run import Record
-from sdrt.errors import BuildError
+from sdrt.errors import BackendError, BuildError
+from sdrt.export.checkpoint import open_checkpoint
+from sdrt.export.golden import draw_reference
+from sdrt.exported import GoldenRequest
 from sdrt.runners.tensorrt import TensorRtRunner
 from tests.simulated_cuda import SimulatedCuda
 
@@ -100,6 +106,21 @@ class TestChecks:
         assert not self.met(checks.check_noise(onnx_bundle.path))["largest difference from numpy"]
 
 
+class TestDescriptions:
+    def test_pictures_of_pytorch_are_those_of_its_float32(self):
+        request = GoldenRequest(
+            prompt="a large red circle", seed=3, num_inference_steps=2, guidance_scale=4.0, height=64, width=64
+        )
+        checkpoint = open_checkpoint(kit.ROOT / "models" / "shapes" / "checkpoint")
+        (made,) = checks._pytorch_pictures([asdict(request) | {"scheduler": "ddim"}])
+        np.testing.assert_array_equal(made, draw_reference(checkpoint, request))
+
+    def test_a_driver_whose_version_nobody_tells_is_an_error(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(BackendError, match="nvidia-smi cannot be used"):
+            checks._driver_version()
+
+
 class TestLatency:
     def drawing(self, *, gpu_bytes=None, gap_seconds=None):
         return Drawing(
@@ -164,6 +185,13 @@ class TestResults:
     def test_of_several_states_of_the_source_are_marked(self):
         outcomes = {name: Outcome(stage=name, state="passed", seconds=1, source=name) for name in ("parity", "graphs")}
         assert "2 states of the source" in summary(outcomes, {})
+
+    def test_the_source_has_one_name_wherever_it_is_imported_from(self, tmp_path):
+        from_kit.lay_out(kit.ROOT, tmp_path)
+        code = "import sdrt, sdrt.benchmarks.gpu.results as r; print(sdrt.__file__, r.source_digest())"
+        variables = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+        done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [str(tmp_path / "sdrt" / "__init__.py"), source_digest()]
         assert len(source_digest()) == 12
 
 
@@ -292,10 +320,12 @@ class TestKit:
         assert len(parts) == 3
         for part in parts:
             assert sum(file.stat().st_size for file in part.iterdir()) <= 2**20 + 2**16
+        sizes = [piece["size"] for piece in json.loads((parts[0] / from_kit.PIECES_NAME).read_text())]
+        assert max(sizes) - min(sizes) < len(sizes)
 
     def test_parts_come_together_in_any_order(self, parts, checkout, tmp_path, monkeypatch):
         monkeypatch.setattr(from_kit, "install", lambda wheels, site: site.mkdir(exist_ok=True))
-        monkeypatch.setattr(from_kit, "missing_packages", list)
+        monkeypatch.setattr(from_kit, "missing_packages", lambda wanted, site: [])
         assert from_kit.prepare(parts[2], checkout) == ["kit.tar.01", "kit.tar.02"]
         assert from_kit.prepare(parts[0], checkout) == ["kit.tar.02"]
         assert from_kit.prepare(parts[0], checkout) == ["kit.tar.02"]
@@ -333,6 +363,71 @@ class TestKit:
             from_kit.prepare(part, checkout)
         with pytest.raises(from_kit.KitError, match=r'has no its-package.*make gpu-kit WITH="its-package"'):
             from_kit.prepare(parts[2], checkout)
+
+    def test_packages_that_the_kit_brought_are_not_missing(self, tmp_path):
+        assert from_kit.missing_packages({"a_module_that_is_not": "its-package"}, tmp_path) == ["its-package"]
+        (tmp_path / "a_module_that_is_not.py").write_text("")
+        assert from_kit.missing_packages({"a_module_that_is_not": "its-package"}, tmp_path) == []
+
+    def test_packages_that_only_some_stages_need_are_named_and_no_error(self, parts, checkout, monkeypatch, capsys):
+        monkeypatch.setitem(from_kit.NEEDED_BY_SOME, "a_module_that_is_not", "its-package")
+        monkeypatch.setattr(from_kit, "__file__", str(checkout / "benchmarks" / "gpu" / "from_kit.py"))
+        assert from_kit.main([str(parts[0])]) == from_kit.WAITING
+        assert "has no its-package; stages that need it will fail" in capsys.readouterr().out
+
+    def test_what_is_needed_is_more_than_what_is_imported_at_once(self):
+        """No stage module imports anything at its top that the kit does not bring and does not ask for."""
+        code = (
+            "import sys; import sdrt.benchmarks.gpu.__main__; print(*{name.partition('.')[0] for name in sys.modules})"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert not set(done.stdout.split()) & from_kit.NEEDED_BY_SOME.keys()
+        assert from_kit.NEEDED.keys() <= set(done.stdout.split())
+
+    def test_another_python_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(from_kit, "PYTHON", (3, 1))
+        with pytest.raises(from_kit.KitError, match=r"the kit is for Python 3\.1, .* GPU_PYTHON=python3\.1 "):
+            from_kit.install(tmp_path, tmp_path / "site")
+
+    def test_wheels_that_cannot_be_installed_are_an_error_in_words(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(from_kit, "PYTHON", sys.version_info[:2])
+        (tmp_path / "broken-1.0-py3-none-any.whl").write_bytes(b"no archive")
+        with pytest.raises(from_kit.KitError, match=r"cannot be installed here: [A-Z]"):
+            from_kit.install(tmp_path, tmp_path / "site")
+        assert not (tmp_path / "site").exists()
+
+    def test_wheels_are_installed_whatever_the_machine_tells_pip(self, tmp_path, monkeypatch):
+        wheels, site = tmp_path / "wheels", tmp_path / "site"
+        wheels.mkdir()
+        with zipfile.ZipFile(wheels / "brought-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("brought.py", "")
+            wheel.writestr("brought-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: brought\nVersion: 1.0\n")
+            wheel.writestr(
+                "brought-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            wheel.writestr("brought-1.0.dist-info/RECORD", "")
+        (tmp_path / "constraints.txt").write_text("brought==2.0\n")
+        monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "constraints.txt"))
+        monkeypatch.setenv("PIP_USER", "1")
+        monkeypatch.setattr(from_kit, "PYTHON", sys.version_info[:2])
+        from_kit.install(wheels, site)
+        assert (site / "brought.py").is_file()
+
+    def test_the_runbook_runs_from_the_kit_and_not_from_the_working_directory(self, checkout, monkeypatch):
+        shutil.rmtree(checkout)
+        for name in from_kit.PACKAGES:
+            (checkout / name).mkdir(parents=True)
+            (checkout / name / "__init__.py").write_text("")
+        stages = checkout / "benchmarks" / "gpu"
+        stages.mkdir()
+        (stages / "__init__.py").write_text("")
+        (stages / "__main__.py").write_text("import sys; sys.exit(7 if sys.argv[1] == '--work' else 8)")
+        monkeypatch.setattr(from_kit, "__file__", str(stages / "from_kit.py"))
+        monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+        monkeypatch.setattr(
+            from_kit, "prepare", lambda part, home: from_kit.lay_out(home, home / from_kit.STORE / "tree")
+        )
+        assert from_kit.main(["part-1"]) == 7
 
     def test_the_command_says_what_is_still_to_be_brought(self, parts, checkout, tmp_path):
         script = checkout / "benchmarks" / "gpu" / "from_kit.py"

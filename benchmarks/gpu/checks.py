@@ -190,7 +190,10 @@ def check_noise(path: Path) -> Findings:
 
 def _driver_version() -> str:
     query = ["nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BackendError(f"nvidia-smi cannot be used: {error}", hint="install it with the driver") from error
 
 
 def _pipeline(path: Path, *, capture: bool = True) -> Pipeline:
@@ -280,6 +283,7 @@ def _pytorch_pictures(cases: Sequence[Mapping[str, Any]]) -> list[Pixels] | None
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
         str(files("sdrt.models.shapes") / "checkpoint"),
+        torch_dtype=torch.float32,  # the checkpoint's is half
         safety_checker=None,
         requires_safety_checker=False,
         local_files_only=True,

@@ -1,40 +1,47 @@
 """The GPU runbook on a machine without a network: put the parts of a kit together, then run it from this checkout.
 
-python3 benchmarks/gpu/from_kit.py PART [options of the runbook]. Standard library only; needs Python 3.12 and PyTorch.
+python3 benchmarks/gpu/from_kit.py PART [options of the runbook]. Standard library only.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 PIECES_NAME = "pieces.json"
 WHEELS, BUNDLE = "wheels", "shapes.sdrt"
 STORE = Path("build") / "gpu"
 PACKAGES = ("sdrt", "export", "engines", "benchmarks", "models")  # folders of the checkout
-# What the runbook imports and the kit does not bring: module → package.
+PYTHON = (3, 12)  # what the kit's wheels are for
+# What the kit does not bring: module → package. Without these nothing runs:
 NEEDED = {
     "numpy": "numpy",
     "PIL": "pillow",
     "tokenizers": "tokenizers",
-    "typer": "typer",
-    "rich": "rich",
+    "jinja2": "jinja2",
+    "psutil": "psutil",
+}
+# And these only some stages import: those that judge images, compare with PyTorch, or build.
+NEEDED_BY_SOME = {
+    "scipy": "scipy",
     "torch": "torch",
     "transformers": "transformers",
     "safetensors": "safetensors",
     "accelerate": "accelerate",
     "huggingface_hub": "huggingface-hub",
+    "filelock": "filelock",
+    "regex": "regex",
     "onnx": "onnx",
     "onnxruntime": "onnxruntime",
     "onnxscript": "onnxscript",
-    "jinja2": "jinja2",
-    "psutil": "psutil",
-    "scipy": "scipy",
+    "typer": "typer",
+    "rich": "rich",
 }
 WAITING = 3  # exit code: nothing is wrong, and not all is here yet
 
@@ -88,16 +95,24 @@ def unpack(store: Path, target: Path) -> None:
 
 
 def install(wheels: Path, site: Path) -> None:
-    """The wheels as a folder to import from, once."""
+    """The wheels as a folder to import from, once. Raises KitError."""
+    if sys.version_info[:2] != PYTHON:
+        wanted = ".".join(map(str, PYTHON))
+        raise KitError(
+            f"the kit is for Python {wanted}, and this is {_python()}; "
+            f"name another: make gpu-check GPU_PYTHON=python{wanted} KIT=…"
+        )
     if site.is_dir():
         return
     fresh = site.with_name(site.name + ".partial")
     shutil.rmtree(fresh, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    command += ["--disable-pip-version-check", "--target", str(fresh)]
+    # Isolated: what the machine sets for pip, such as constraints of its own, is not for these.
+    command = [sys.executable, "-m", "pip", "--isolated", "install", "--quiet", "--no-index", "--no-deps"]
+    command += ["--no-compile", "--disable-pip-version-check", "--target", str(fresh)]
     done = subprocess.run([*command, *map(str, sorted(wheels.glob("*.whl")))], capture_output=True, text=True)
     if done.returncode != 0:
-        raise KitError(f"the kit's wheels cannot be installed here: {done.stderr.strip().splitlines()[-1:]}")
+        said = done.stderr.strip().splitlines() or [f"pip ended with code {done.returncode}"]
+        raise KitError(f"the kit's wheels cannot be installed here: {said[-1]}")
     fresh.rename(site)
 
 
@@ -111,9 +126,10 @@ def lay_out(checkout: Path, tree: Path) -> None:
         (tree / "sdrt" / name).symlink_to(checkout / name)
 
 
-def missing_packages() -> list[str]:
-    """What this machine's Python lacks."""
-    return [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+def missing_packages(wanted: Mapping[str, str], site: Path) -> list[str]:
+    """What of it neither this machine's Python has nor the kit brought."""
+    path = [str(site), *sys.path]
+    return [package for module, package in wanted.items() if PathFinder.find_spec(module, path) is None]
 
 
 def prepare(part: Path, checkout: Path) -> list[str]:
@@ -123,13 +139,16 @@ def prepare(part: Path, checkout: Path) -> list[str]:
         return missing
     unpack(home / "kit", home / "unpacked")
     install(home / "unpacked" / WHEELS, home / "site")
-    if absent := missing_packages():
+    if absent := missing_packages(NEEDED, home / "site"):
         raise KitError(
-            f"this Python ({sys.version.split()[0]}) has no {', '.join(absent)}; "
-            f'bring them with the kit: make gpu-kit WITH="{" ".join(absent)}"'
+            f"Python {_python()} has no {', '.join(absent)}; "
+            f'bring it with the kit: make gpu-kit WITH="{" ".join(absent)}"'
         )
     if not (home / BUNDLE).is_dir():
-        shutil.copytree(home / "unpacked" / BUNDLE, home / BUNDLE)
+        fresh = home / (BUNDLE + ".partial")
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(home / "unpacked" / BUNDLE, fresh)  # a copy: the golden image on a GPU completes its seal
+        fresh.rename(home / BUNDLE)
     lay_out(checkout, home / "tree")
     return []
 
@@ -146,13 +165,24 @@ def main(arguments: list[str]) -> int:
     except (KitError, OSError, tarfile.TarError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    absent = missing_packages({**NEEDED, **NEEDED_BY_SOME}, home / "site")
+    if absent:
+        print(f"note: Python {_python()} has no {', '.join(absent)}; stages that need it will fail", flush=True)
     if missing:
         print(f"kept; still to be brought, by the same command: {', '.join(missing)}")
         return WAITING
     paths = [str(home / "tree"), str(home / "site"), os.environ.get("PYTHONPATH", "")]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    variables = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONSAFEPATH": "1",  # not from the working directory: the checkout's sdrt is a part of the laid out one
+    }
     command = [sys.executable, "-m", "sdrt.benchmarks.gpu", "--work", str(home), *arguments[1:]]
     return subprocess.run(command, env=variables, cwd=checkout).returncode
+
+
+def _python() -> str:
+    return ".".join(map(str, sys.version_info[:3]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdrt.benchmarks.builds import ensure_tensorrt, run_timed
-from sdrt.benchmarks.gpu.from_kit import BUNDLE, PIECES_NAME, WHEELS
+from sdrt.benchmarks.gpu.from_kit import BUNDLE, PIECES_NAME, PYTHON, WHEELS
 from sdrt.errors import BuildError, SdrtError
 from sdrt.files import staged_directory
 
@@ -30,9 +30,13 @@ PACKAGES = (
     "diffusers",
     "importlib-metadata",
     "zipp",
+    "requests",
+    "urllib3",
+    "charset-normalizer",
+    "idna",
+    "certifi",
 )
 SOURCE_PACKAGES = ("tensorrt-rtx-cu13",)  # pure Python that is published as source: its wheel is made here
-PYTHON_VERSION = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64")
 LARGEST_MIB = 60  # of a part and the repository together
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +49,7 @@ def make_kit(out: Path, extra: Sequence[str], tensorrt: Path) -> list[Path]:
         download_wheels([*PACKAGES, *extra], content / WHEELS)
         build_shapes(content / BUNDLE, ensure_tensorrt(tensorrt))
         archive = Path(folder) / "kit.tar"
-        with tarfile.open(archive, "w") as tar:  # wheels are compressed already
+        with tarfile.open(archive, "w:xz", preset=1) as tar:  # for the engines; wheels do not shrink
             tar.add(content, arcname=".")
         room = LARGEST_MIB * 2**20 - repository_bytes(ROOT)
         with staged_directory(out, overwrite=True) as staged:
@@ -62,7 +66,7 @@ def download_wheels(packages: Sequence[str], folder: Path) -> None:
 
     platforms = [flag for name in PLATFORMS for flag in ("--platform", name)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *platforms]
-    command += ["--python-version", PYTHON_VERSION, "--implementation", "cp", "--dest", str(folder)]
+    command += ["--python-version", ".".join(map(str, PYTHON)), "--implementation", "cp", "--dest", str(folder)]
     run_timed([*command, *pinned(packages)])
     make = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
     run_timed([*make, *pinned(SOURCE_PACKAGES)])
@@ -94,19 +98,23 @@ def repository_bytes(root: Path) -> int:
 
 
 def cut(archive: Path, folder: Path, room: int) -> list[Path]:
-    """Folders part-1, part-2, … of at most `room` bytes: each a piece of the archive and the list of all pieces."""
+    """Folders part-1, part-2, … of at most `room` bytes, as few as that allows and of one size.
+
+    Each holds a piece of the archive and the list of all pieces.
+    """
     if room < 2**20:
         raise BuildError(f"{room} bytes are left for a part", hint="the repository itself has become too large")
     space = room - 2**16  # the list of pieces is in each part
     content = archive.stat().st_size
     count = -(-content // space)
+    size = -(-content // count)
     pieces, parts = [], []
     with archive.open("rb") as source:
         for number in range(1, count + 1):
             part = folder / f"part-{number}"
             part.mkdir()
             piece = part / f"kit.tar.{number:02}"
-            data = source.read(space)
+            data = source.read(size)
             piece.write_bytes(data)
             pieces.append({"name": piece.name, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)})
             parts.append(part)

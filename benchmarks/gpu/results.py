@@ -112,14 +112,14 @@ def _shown(value: JsonValue) -> str:
 
 
 def source_digest() -> str:
-    """A name for the code that runs here: of every Python and CUDA file beside and below this package's parents."""
+    """A name for the code that runs here, wherever it lies: of every Python and CUDA file of these packages."""
     import sdrt
     from sdrt import benchmarks, engines, export
 
     digest = hashlib.sha256()
     for package in (sdrt, benchmarks, engines, export):
-        (folder,) = list(package.__path__)[:1]
-        for path in sorted(Path(folder).rglob("*")):
+        folder = Path(str(package.__file__)).resolve().parent  # the checkout's, also where links lead to it
+        for path in sorted(folder.rglob("*")):
             if path.suffix in (".py", ".ptx"):
                 digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
