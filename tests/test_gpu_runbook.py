@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sdrt.benchmarks import contestants
+from sdrt.benchmarks.builds import Built
 from sdrt.benchmarks.contestants import Drawing
 from sdrt.benchmarks.gpu import __main__ as runbook
-from sdrt.benchmarks.gpu import checks, from_kit, kit, latency
+from sdrt.benchmarks.gpu import checks, from_kit, kit, latency, making
 from sdrt.benchmarks.gpu.results import (
     Bound,
     Findings,
@@ -29,10 +31,12 @@ from sdrt.benchmarks.gpu.results import (
 )
 from sdrt.benchmarks.gpu.stages import STAGES, Stage
 from sdrt.benchmarks.run import Record
+from sdrt.benchmarks.suites import shapes
 from sdrt.errors import BackendError, BuildError
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.golden import draw_reference
 from sdrt.exported import GoldenRequest
+from sdrt.runners.engine_layers import inspect_engines
 from sdrt.runners.tensorrt import TensorRtRunner
 from tests.simulated_cuda import SimulatedCuda
 
@@ -73,6 +77,12 @@ class TestChecks:
 
         monkeypatch.setattr(SimulatedCuda, "launch", forgetful)
         assert not self.met(checks.check_graphs(onnx_bundle.path))["requests whose bits differ"]
+
+    def test_layers(self, device, onnx_bundle, monkeypatch):
+        monkeypatch.setattr(checks, "read_engine_layers", lambda bundle: inspect_engines(bundle, checks.CudaPython()))
+        found = checks.check_layers(onnx_bundle.path)
+        assert all(self.met(found).values()), found
+        assert found.figures["layers of step"] > 10
 
     def test_profiles(self, device, onnx_bundle):
         found = checks.check_profiles(onnx_bundle.path)
@@ -122,7 +132,7 @@ class TestDescriptions:
 
 
 class TestLatency:
-    def drawing(self, *, gpu_bytes=None, gap_seconds=None):
+    def drawing(self, *, gap_seconds=None):
         return Drawing(
             picture=np.zeros((1, 1, 3), np.uint8),
             total_seconds=1.0,
@@ -130,7 +140,6 @@ class TestLatency:
             step_seconds=(0.25, 0.25),
             vae_decoder_seconds=0.1,
             peak_bytes=1,
-            gpu_bytes=gpu_bytes,
             gap_seconds=gap_seconds,
         )
 
@@ -139,11 +148,58 @@ class TestLatency:
         assert latency.gap_share(record) == pytest.approx(0.01)
         assert latency.gap_share(Record(name="a", rounds=[self.drawing()])) is None
 
-    def test_memory_is_the_most_that_was_seen(self):
-        record = Record(name="a", rounds=[self.drawing(gpu_bytes=5), self.drawing(gpu_bytes=3)])
-        assert latency.gpu_peak(record) == 5
-        with pytest.raises(ValueError, match="nobody watched"):
-            latency.gpu_peak(Record(name="a", rounds=[self.drawing()]))
+    def test_memory_is_what_a_contestant_holds_alone(self, monkeypatch):
+        (case,) = shapes.cases(1)
+        spec = contestants.ContestantSpec(name="a", command=(sys.executable, "-c", CONTESTANT))
+        assert latency.memory_alone(spec, case) == 12345
+        silent = CONTESTANT.replace('"gpu_bytes": 12345', '"gpu_bytes": None')
+        with pytest.raises(BackendError, match="nobody watched"):
+            latency.memory_alone(replace(spec, command=(sys.executable, "-c", silent)), case)
+
+
+CONTESTANT = """
+import numpy as np
+from sdrt.benchmarks.baselines import protocol
+protocol.peak_bytes = lambda process="self": 1
+timings = {"text_encoder_seconds": 0, "step_seconds": [1.0], "vae_decoder_seconds": 0, "gpu_bytes": 12345}
+protocol.serve(lambda: None, lambda: lambda case: (np.zeros((1, 1, 3)), timings), lambda: {"version": "1"})
+"""
+
+
+class TestMaking:
+    """A bundle that is there is taken, unless there is a GPU that does not load it."""
+
+    @pytest.fixture
+    def commands(self, onnx_bundle, monkeypatch):
+        commands = []
+        monkeypatch.setattr(
+            making, "run_timed", lambda command, environment: commands.append(command) or Built(seconds=1, peak_bytes=1)
+        )
+        return commands
+
+    def made(self, onnx_bundle):
+        return making.make_shapes(onnx_bundle.path, Path("cache"), threads=None).figures
+
+    def test_without_a_gpu_it_is_taken(self, onnx_bundle, commands, monkeypatch):
+        monkeypatch.setattr(making, "has_device", lambda: False)
+        assert self.made(onnx_bundle)["found ready"] is True
+        assert commands == []
+
+    def test_one_that_loads_is_taken(self, onnx_bundle, commands, monkeypatch):
+        monkeypatch.setattr(making, "has_device", lambda: True)
+        assert self.made(onnx_bundle)["found ready"] is True
+        assert commands == []
+
+    def test_one_that_does_not_load_is_built_anew(self, onnx_bundle, commands, monkeypatch):
+        def refuse(bundle):
+            raise BackendError("not for sm90", hint="none")
+
+        monkeypatch.setattr(making, "has_device", lambda: True)
+        monkeypatch.setattr(making, "open_runner", refuse)
+        figures = self.made(onnx_bundle)
+        assert figures["found ready"] is False
+        assert figures["built anew, because"] == "not for sm90"
+        assert "--force" in commands[0]
 
 
 class TestResults:
@@ -265,7 +321,7 @@ class TestStages:
         assert (outcome["state"], outcome["error"]) == ("failed", "ZeroDivisionError: of the stage")
 
     def test_have_budgets_that_fit_into_half_an_hour(self):
-        assert sum(stage.seconds for stage in STAGES) <= 2000
+        assert sum(stage.seconds for stage in STAGES) <= 1800
         assert all(stage.seconds <= 540 for stage in STAGES)
 
 

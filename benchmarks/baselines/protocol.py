@@ -63,8 +63,9 @@ def peak_bytes(process: str = "self") -> int:
 
 
 def gpu_bytes() -> int:
-    """What all processes together use of the first GPU's memory."""
-    query = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    """What all processes together use of the memory of this process's first GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
+    query = ["nvidia-smi", f"--id={visible or 0}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
 
 

@@ -21,9 +21,10 @@ from sdrt.benchmarks.gpu.stages import STAGES, Stage, Work
 from sdrt.benchmarks.machine import describe_machine
 from sdrt.bundle import JsonValue
 from sdrt.errors import BackendError, SdrtError
-from sdrt.runners.nvidia import find_device
+from sdrt.runners.nvidia import has_device
 
 ONE = "--only-here"  # how the parent starts a stage's process
+GRACE_SECONDS = 20.0  # more than a build takes to stop its own children
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,14 +104,19 @@ def _run_apart(stage: Stage, work: Work, seconds: float) -> Outcome:
 
 
 def _stop(child: "subprocess.Popen[str]") -> None:
-    """With all that it started."""
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    """With all that it started: what builds has children in sessions of their own, which it alone can stop."""
+    os.killpg(child.pid, signal.SIGTERM)
+    try:
+        child.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def _run_here(stage: Stage, work: Work) -> int:
     """The stage in this process; its outcome is the last line on standard output."""
     own, sys.stdout = sys.stdout, sys.stderr  # prints of libraries go to standard error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that children are stopped on the way out
     work.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     error, state, findings = None, "failed", None
@@ -119,7 +125,7 @@ def _run_here(stage: Stage, work: Work) -> int:
         state = state_of(findings)
     except SdrtError as caught:
         error = f"{caught.message}; {caught.hint}"
-        if isinstance(caught, BackendError) and not _has_device():
+        if isinstance(caught, BackendError) and not has_device():
             state = "waits for a GPU"
     except Exception as caught:  # a fault of a stage is its outcome, and the next stage runs
         traceback.print_exc()
@@ -136,13 +142,6 @@ def _run_here(stage: Stage, work: Work) -> int:
     own.write(json.dumps(outcome) + "\n")
     own.flush()
     return 0 if state == "passed" else 1
-
-
-def _has_device() -> bool:
-    try:
-        return find_device() is not None
-    except BackendError:  # cuda-python is not installed
-        return False
 
 
 def _machine() -> dict[str, JsonValue]:

@@ -20,7 +20,8 @@ from sdrt.parity import largest_level, psnr_db
 from sdrt.philox import PhiloxDraw
 from sdrt.pipeline import Pipeline
 from sdrt.request import Request
-from sdrt.runners import open_runner
+from sdrt.runners import open_runner, read_engine_layers
+from sdrt.runners.base import STEP
 from sdrt.runners.cuda_python import CudaPython
 from sdrt.runners.nvidia import library_of, load_library, require_device
 from sdrt.runners.tensorrt import TensorRtRunner
@@ -73,7 +74,8 @@ def check_parity(path: Path) -> Findings:
 def check_graphs(path: Path) -> Findings:
     """Each request drawn with graphs and without: the same bits, and nothing was captured in vain."""
     requests = [_request(seed, scheduler=name) for seed, name in enumerate(SCHEDULERS)]
-    requests += [_request(7, guidance_scale=1.0), _request(8, num_images_per_prompt=3), _stochastic(9)]
+    requests += [_request(7, guidance_scale=1.0), _stochastic(8)]
+    requests += [_request(9, num_images_per_prompt=count) for count in (3, 6)]  # 6 are two batches that take turns
     with _pipeline(path) as pipeline:
         replayed = [_all_pixels(pipeline, request) for request in requests]
         counters = _runner(pipeline).counters
@@ -87,6 +89,16 @@ def check_graphs(path: Path) -> Findings:
             Bound(name="replays", measured=counters.replays, bound=1),
         ],
         figures={"captures": counters.captures, "plain launches": counters.plain_launches},
+    )
+
+
+def check_layers(path: Path) -> Findings:
+    """TensorRT's inspector tells of every engine what it is made of, and the network's has float16 in it."""
+    found = read_engine_layers(Bundle.open(path))
+    halves = sum(kind.count for kind in found[STEP].kinds if "float16" in kind.outputs)
+    return Findings(
+        bounds=[Bound(name="layers of the step that give float16", measured=halves, bound=1)],
+        figures={f"layers of {name}": len(engine.names) for name, engine in found.items()},
     )
 
 

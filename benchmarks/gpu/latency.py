@@ -4,13 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from sdrt.benchmarks import contestants
-from sdrt.benchmarks.contestants import SDRT
+from sdrt.benchmarks.cases import Case
+from sdrt.benchmarks.contestants import SDRT, Contestant, ContestantSpec
 from sdrt.benchmarks.gpu.results import Bound, Findings
 from sdrt.benchmarks.machine import describe_machine
 from sdrt.benchmarks.report import Report, bars_of, parity_verdict, write_report
 from sdrt.benchmarks.run import Record, compare, summarise
 from sdrt.benchmarks.suites import sd15
 from sdrt.bundle import Bundle, JsonValue
+from sdrt.errors import BackendError
 from sdrt.progress import silent
 from sdrt.runners.nvidia import require_device
 
@@ -39,6 +41,7 @@ def check_latency(bundle: Path, checkpoint: Path, out: Path, *, threads: int | N
         contestants.pytorch(checkpoint, "fp16", threads=threads, cuda=True, compile_unet=True),
     ]
     cases = [replace(case, num_inference_steps=STEPS) for case in sd15.cases()]
+    memory = {spec.name: memory_alone(spec, cases[0]) for spec in specs[:2]}
     machine = describe_machine()
     records = compare(specs, cases, rounds=ROUNDS, warmup=WARMUP, say=silent)
     rows = summarise(records, ours=SDRT, reference=EAGER)
@@ -65,7 +68,6 @@ def check_latency(bundle: Path, checkpoint: Path, out: Path, *, threads: int | N
     )
     write_report(report, out, overwrite=True)
     by_name = {record.name: record for record in records}
-    memory = {name: gpu_peak(record) for name, record in by_name.items()}
     figures: dict[str, JsonValue] = {f"{name}: GPU memory GB": round(size / 1e9, 2) for name, size in memory.items()}
     figures |= {f"{row.name}: step ms": round(row.step.median * 1e3, 3) for row in rows}
     figures |= {f"{row.name}: image ms": round(row.total.median * 1e3, 1) for row in rows}
@@ -90,12 +92,16 @@ def check_latency(bundle: Path, checkpoint: Path, out: Path, *, threads: int | N
     )
 
 
-def gpu_peak(record: Record) -> int:
-    """The most memory that a contestant was seen to hold. Raises ValueError when nobody watched."""
-    seen = [drawing.gpu_bytes for drawing in record.drawings() if drawing.gpu_bytes is not None]
-    if not seen:
-        raise ValueError(f"nobody watched the GPU's memory of {record.name}")
-    return max(seen)
+def memory_alone(spec: ContestantSpec, case: Case) -> int:
+    """Bytes of the GPU that a contestant holds after a picture, with nobody beside it: what is read is the whole GPU's.
+
+    Raises BackendError when it dies, or nobody watched.
+    """
+    with Contestant(spec) as contestant:
+        seen = contestant.draw(case.arguments()).gpu_bytes
+    if seen is None:
+        raise BackendError(f"nobody watched the GPU's memory of {spec.name}", hint="this is a fault of the runbook")
+    return seen
 
 
 def gap_share(record: Record) -> float | None:

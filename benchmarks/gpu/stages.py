@@ -51,20 +51,26 @@ STAGES = (
     Stage(
         name="device",
         shows="driver, GPU and library are there and fit",
-        seconds=60,
+        seconds=30,
         run=lambda work: checks.describe_device(),
     ),
     Stage(
         name="shapes",
         shows="the embedded model's engines are there, or are built",
-        seconds=240,
+        seconds=200,
         run=lambda work: making.make_shapes(work.shapes, work.cache, threads=work.threads),
     ),
     Stage(
         name="parity",
         shows="the golden image on the GPU completes the seal; images equal PyTorch's",
-        seconds=120,
+        seconds=100,
         run=lambda work: checks.check_parity(work.shapes),
+    ),
+    Stage(
+        name="layers",
+        shows="TensorRT's inspector tells what each engine is made of",
+        seconds=30,
+        run=lambda work: checks.check_layers(work.shapes),
     ),
     Stage(
         name="graphs",
@@ -75,31 +81,31 @@ STAGES = (
     Stage(
         name="profiles",
         shows="shapes outside every profile are errors, and harm nothing",
-        seconds=60,
+        seconds=30,
         run=lambda work: checks.check_profiles(work.shapes),
     ),
     Stage(
         name="repeats",
         shows="200 repeats of one seed are one image",
-        seconds=90,
+        seconds=60,
         run=lambda work: checks.check_repeats(work.shapes),
     ),
     Stage(
         name="mixture",
         shows="requests of other schedulers, steps and seeds in one batch equal themselves alone",
-        seconds=90,
+        seconds=60,
         run=lambda work: checks.check_mixture(work.shapes),
     ),
     Stage(
         name="noise",
         shows="a CUDA generator's numbers, made on the GPU, are those of numpy and of PyTorch",
-        seconds=60,
+        seconds=50,
         run=lambda work: checks.check_noise(work.shapes),
     ),
     Stage(
         name="refit",
         shows="an engine takes other weights, and the old ones again",
-        seconds=180,
+        seconds=160,
         run=lambda work: refit.check_refit(work.folder, work.cache, threads=work.threads),
     ),
     Stage(

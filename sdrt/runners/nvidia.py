@@ -80,6 +80,14 @@ def find_device() -> Device | None:
     )
 
 
+def has_device() -> bool:
+    """Whether a GPU can be used: with a driver, and cuda-python installed."""
+    try:
+        return find_device() is not None
+    except BackendError:
+        return False
+
+
 def require_device() -> Device:
     """The current GPU. BackendError says what is missing: cuda-python, the driver, a newer driver, or the GPU."""
     runtime = load_cuda_runtime()
