@@ -167,8 +167,6 @@ def test_a_checkpoint_of_another_kind_is_refused(own: str, name: str | None):
         ("pndm", "skip_prk_steps", None),
         ("pndm", "prediction_type", "sample"),
         ("euler", "interpolation_type", "log_linear"),
-        ("euler", "use_exponential_sigmas", True),
-        ("euler", "use_beta_sigmas", True),
         ("euler", "final_sigmas_type", "half"),
         ("euler_karras", "sigma_min", -1.0),
         ("euler_karras", "sigma_max", "large"),

@@ -13,6 +13,7 @@ import numpy as np
 from sdrt.bundle import JsonValue
 from sdrt.errors import RequestError
 from sdrt.plan import ddim, dpm_multistep, euler, pndm
+from sdrt.plan.asked import AskedSteps
 from sdrt.plan.rows import MAX_STATE_SLOTS, SamplingPlan
 from sdrt.schedule import SCHEDULE_FIELDS, NoiseSchedule
 
@@ -25,31 +26,16 @@ class _Family:
 
     class_name: str
     fields: Mapping[str, JsonValue]
-    plan: Callable[[Mapping[str, JsonValue], NoiseSchedule, int, float], SamplingPlan]
-
-
-def _without_eta(
-    plan: Callable[[Mapping[str, JsonValue], NoiseSchedule, int], SamplingPlan],
-) -> Callable[[Mapping[str, JsonValue], NoiseSchedule, int, float], SamplingPlan]:
-    def build(
-        config: Mapping[str, JsonValue], schedule: NoiseSchedule, num_inference_steps: int, eta: float
-    ) -> SamplingPlan:
-        if eta != 0:
-            raise RequestError(
-                f"eta is {eta:g}, but this scheduler adds no noise", hint="leave eta at 0, or use the scheduler ddim"
-            )
-        return plan(config, schedule, num_inference_steps)
-
-    return build
+    plan: Callable[[Mapping[str, JsonValue], NoiseSchedule, AskedSteps], SamplingPlan]
 
 
 _DDIM = _Family(class_name="DDIMScheduler", fields=ddim.FIELDS, plan=ddim.ddim_plan)
-_PNDM = _Family(class_name="PNDMScheduler", fields=pndm.FIELDS, plan=_without_eta(pndm.pndm_plan))
-_EULER = _Family(class_name="EulerDiscreteScheduler", fields=euler.FIELDS, plan=_without_eta(euler.euler_plan))
+_PNDM = _Family(class_name="PNDMScheduler", fields=pndm.FIELDS, plan=pndm.pndm_plan)
+_EULER = _Family(class_name="EulerDiscreteScheduler", fields=euler.FIELDS, plan=euler.euler_plan)
 _DPM = _Family(
     class_name="DPMSolverMultistepScheduler",
     fields=dpm_multistep.FIELDS,
-    plan=_without_eta(dpm_multistep.dpm_multistep_plan),
+    plan=dpm_multistep.dpm_multistep_plan,
 )
 _FAMILIES = MappingProxyType({family.class_name: family for family in (_DDIM, _PNDM, _EULER, _DPM)})
 _KARRAS = MappingProxyType({"use_karras_sigmas": True})
@@ -142,7 +128,7 @@ def _cached_plan(
             hint=f"ask for at most {len(schedule)} steps",
         )
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # checked as a whole below
-        plan = family.plan(config, schedule, num_inference_steps, eta)
+        plan = family.plan(config, schedule, AskedSteps(num_inference_steps=num_inference_steps, eta=eta))
     _refuse_infinite(plan, family, num_inference_steps)
     return plan
 

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from sdrt.bundle import JsonValue
 from sdrt.errors import RequestError
+from sdrt.plan.asked import AskedSteps, refuse_own_grid
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import (
     Floats,
@@ -34,34 +35,35 @@ FIELDS: Mapping[str, JsonValue] = {
 }
 
 
-def ddim_plan(
-    config: Mapping[str, JsonValue], schedule: NoiseSchedule, num_inference_steps: int, eta: float
-) -> SamplingPlan:
+def ddim_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: AskedSteps) -> SamplingPlan:
     """One row a step, eq. 12: x' = √ᾱ'·x₀ + √(1 - ᾱ' - σ²)·ε + σ·noise, with σ from eq. 16 times `eta`.
 
     ᾱ' is that of the timestep T // n below, on every spacing; below zero it is 1 (`set_alpha_to_one`) or ᾱ₀.
     RequestError for options that clip or threshold, and for an `eta` that asks for more noise than there is.
     """
     refuse_flags(config, "clip_sample", "thresholding")
-    timesteps = integer_timesteps(config, schedule, num_inference_steps)
+    refuse_own_grid(asked, "timesteps", "sigmas")
+    stride = len(schedule) // asked.num_inference_steps
+    timesteps = integer_timesteps(config, schedule, asked.num_inference_steps)[asked.first :]
     alpha_bar = schedule.alphas_cumprod[timesteps]
-    alpha_bar_next = alphas_cumprod_or_final(config, schedule, timesteps - len(schedule) // num_inference_steps)
+    alpha_bar_next = alphas_cumprod_or_final(config, schedule, timesteps - stride)
     alpha, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-    variance = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
+    variance = asked.eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
     direction = 1 - alpha_bar_next - variance
     if np.any(direction < 0):
-        raise RequestError(f"eta is {eta:g}: more noise than the steps can hold", hint="give an eta from 0 to 1")
+        raise RequestError(f"eta is {asked.eta:g}: more noise than the steps can hold", hint="give an eta from 0 to 1")
     x0_sample, x0_output = denoised_coefficients(schedule.prediction_type, alpha, sigma)
     noise_sample, noise_output = noise_coefficients(schedule.prediction_type, alpha, sigma)
-    transitions = np.empty((num_inference_steps, 1, 3))
+    transitions = np.empty((len(timesteps), 1, 3))
     transitions[:, 0, 0] = np.sqrt(alpha_bar_next) * x0_sample + np.sqrt(direction) * noise_sample
     transitions[:, 0, 1] = np.sqrt(alpha_bar_next) * x0_output + np.sqrt(direction) * noise_output
     transitions[:, 0, 2] = np.sqrt(variance)
     return SamplingPlan(
         timesteps=timesteps.astype(np.float64),
-        input_scales=np.ones(num_inference_steps),
+        input_scales=np.ones(len(timesteps)),
         transitions=transitions,
         initial_scale=1.0,
+        noised=noised_at(schedule, timesteps[0]),
     )
 
 
@@ -91,3 +93,9 @@ def alphas_cumprod_or_final(
     """ᾱ at `timesteps`, and past the last one 1 or ᾱ₀, as `set_alpha_to_one` says: float64 [len(timesteps)]."""
     final = 1.0 if read_flag(config, "set_alpha_to_one") else schedule.alphas_cumprod[0]
     return np.where(timesteps >= 0, schedule.alphas_cumprod[np.maximum(timesteps, 0)], final)
+
+
+def noised_at(schedule: NoiseSchedule, timestep: int) -> tuple[float, float]:
+    """How an image enters at a timestep: √ᾱ of its latents and √(1 - ᾱ) of noise."""
+    alpha_bar = schedule.alphas_cumprod[timestep]
+    return float(np.sqrt(alpha_bar)), float(np.sqrt(1 - alpha_bar))

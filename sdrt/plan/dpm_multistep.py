@@ -8,12 +8,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from sdrt.bundle import JsonValue
-from sdrt.plan.euler import final_sigma, karras_grid
+from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
+from sdrt.plan.euler import final_sigma
 from sdrt.plan.rows import SamplingPlan
+from sdrt.plan.spacing import sigma_bounds
 from sdrt.schedule import (
     Floats,
     NoiseSchedule,
     denoised_coefficients,
+    karras_sigmas,
     read_choice,
     read_flag,
     read_integer,
@@ -56,16 +59,18 @@ _FEW_STEPS = 15  # below this, `lower_order_final` makes the last step a first-o
 _RELATED_SOLVER_TYPES = ("logrho", "bh1", "bh2")  # of related solvers' configs; they mean midpoint here
 
 
-def dpm_multistep_plan(
-    config: Mapping[str, JsonValue], schedule: NoiseSchedule, num_inference_steps: int
-) -> SamplingPlan:
+def dpm_multistep_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: AskedSteps) -> SamplingPlan:
     """One row a step, in x₀ and λ = log(α/σ): order 1 is DDIM, order 2 the paper's algorithm 2 ("2M").
 
     The first step is of order 1, and so is the last one if it lands on sigma zero, with `euler_at_final`, or with
     `lower_order_final` and fewer than 15 steps. RequestError for other algorithms, orders and sigma spacings.
     """
     order = _solver_order(config)
-    timesteps, ratios = _grid(config, schedule, num_inference_steps)
+    refuse_noise(asked)
+    refuse_own_grid(asked, "timesteps", "sigmas")
+    timesteps, ratios = _grid(config, schedule, asked.num_inference_steps)
+    few = len(timesteps) < _FEW_STEPS
+    timesteps, ratios = timesteps[asked.first :], ratios[asked.first :]
     rows = len(timesteps)
     end = final_sigma(config, schedule)
     levels = np.append(ratios, end)  # σ/α, before each step and after the last
@@ -77,7 +82,7 @@ def dpm_multistep_plan(
     slope = np.zeros(rows)
     if order == 2:
         slope[1:] = _slopes(config, levels, alpha)[1:]
-        if end == 0 or read_flag(config, "euler_at_final") or _lowers_last(config, rows):
+        if end == 0 or read_flag(config, "euler_at_final") or (few and read_flag(config, "lower_order_final")):
             slope[-1] = 0
     now, before = gained + slope, -slope
     transitions = np.zeros((rows, order, order + 2))
@@ -87,7 +92,13 @@ def dpm_multistep_plan(
         transitions[:, 0, 1] = before
         transitions[:, 1, 0] = x0_sample
         transitions[:, 1, order] = x0_output
-    return SamplingPlan(timesteps=timesteps, input_scales=np.ones(rows), transitions=transitions, initial_scale=1.0)
+    return SamplingPlan(
+        timesteps=timesteps,
+        input_scales=np.ones(rows),
+        transitions=transitions,
+        initial_scale=1.0,
+        noised=(float(alpha[0]), float(sigma[0])),
+    )
 
 
 def _slopes(config: Mapping[str, JsonValue], levels: Floats, alpha: Floats) -> Floats:
@@ -99,15 +110,11 @@ def _slopes(config: Mapping[str, JsonValue], levels: Floats, alpha: Floats) -> F
     return np.multiply(per_slope, inverse_r)
 
 
-def _lowers_last(config: Mapping[str, JsonValue], rows: int) -> bool:
-    return read_flag(config, "lower_order_final") and rows < _FEW_STEPS
-
-
 def _grid(config: Mapping[str, JsonValue], schedule: NoiseSchedule, num_inference_steps: int) -> tuple[Floats, Floats]:
     """Timesteps (whole numbers) and σ/α (rounded to float32): float64 [rows] each."""
     if read_flag(config, "use_karras_sigmas"):
-        low, high = float(schedule.sigmas[0]), float(schedule.sigmas[-1])
-        sigmas = karras_grid(config, low, high, num_inference_steps)
+        low, high = sigma_bounds(config, float(schedule.sigmas[0]), float(schedule.sigmas[-1]))
+        sigmas = karras_sigmas(low, high, num_inference_steps)
         timesteps = schedule.timesteps_at(sigmas)
         # Cosine schedules keep the fraction, which the integer timesteps then drop.
         whole = np.trunc(timesteps) if config["beta_schedule"] == "squaredcos_cap_v2" else timesteps.round()

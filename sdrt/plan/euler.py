@@ -5,18 +5,16 @@ from collections.abc import Mapping
 import numpy as np
 
 from sdrt.bundle import JsonValue
+from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
 from sdrt.plan.rows import SamplingPlan
+from sdrt.plan.spacing import respaced_sigmas
 from sdrt.schedule import (
     Floats,
     NoiseSchedule,
     denoised_coefficients,
-    karras_sigmas,
     read_choice,
-    read_flag,
     read_integer,
-    read_number,
     read_spacing,
-    refuse_flags,
     rounded_to_float32,
     spaced_timesteps,
     unsupported_field,
@@ -37,28 +35,32 @@ FIELDS: Mapping[str, JsonValue] = {
 }
 
 
-def euler_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, num_inference_steps: int) -> SamplingPlan:
+def euler_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: AskedSteps) -> SamplingPlan:
     """One row a step: x' = x + (σ' - σ)·(x - x₀) / σ, the network seeing x / √(σ² + 1).
 
     Timesteps are fractional. The first x has the largest sigma of the grid as its scale, √(σ² + 1) with "leading".
-    RequestError for other interpolations, timestep types and sigma spacings than linear, discrete and Karras.
+    RequestError for other interpolations and timestep types than linear and discrete.
     """
     _refuse_unsupported(config, schedule)
-    timesteps, sigmas = _grid(config, schedule, num_inference_steps)
+    refuse_noise(asked)
+    refuse_own_grid(asked, "timesteps", "sigmas")
+    timesteps, sigmas = _grid(config, schedule, asked.num_inference_steps)
+    largest = float(sigmas.max())
+    timesteps, sigmas = timesteps[asked.first :], sigmas[asked.first :]
     following = np.append(sigmas[1:], final_sigma(config, schedule))
     input_scales = 1 / np.sqrt(sigmas**2 + 1)
     # The network's x is a unit-variance one: alpha = 1 / √(σ² + 1), and sigma times that.
     x0_sample, x0_output = denoised_coefficients(schedule.prediction_type, input_scales, sigmas * input_scales)
     kept = following / sigmas
-    transitions = np.zeros((num_inference_steps, 1, 3))
+    transitions = np.zeros((len(sigmas), 1, 3))
     transitions[:, 0, 0] = kept + (1 - kept) * x0_sample * input_scales
     transitions[:, 0, 1] = (1 - kept) * x0_output
-    largest = float(sigmas.max())
     return SamplingPlan(
         timesteps=timesteps,
         input_scales=input_scales,
         transitions=transitions,
         initial_scale=float(np.hypot(largest, 1)) if read_spacing(config) == "leading" else largest,
+        noised=(1.0, float(sigmas[0])),
     )
 
 
@@ -66,17 +68,6 @@ def final_sigma(config: Mapping[str, JsonValue], schedule: NoiseSchedule) -> flo
     """The sigma after the last step, as `final_sigmas_type` says."""
     kind = read_choice(config, "final_sigmas_type", ("zero", "sigma_min"))
     return 0.0 if kind == "zero" else float(schedule.sigmas[0])
-
-
-def karras_grid(
-    config: Mapping[str, JsonValue], sigma_min: float, sigma_max: float, num_inference_steps: int
-) -> Floats:
-    """Karras sigmas between these bounds, or the config's own `sigma_min` and `sigma_max` where it has them."""
-    low = sigma_min if config["sigma_min"] is None else read_number(config, "sigma_min")
-    high = sigma_max if config["sigma_max"] is None else read_number(config, "sigma_max")
-    if not 0 < low <= high:
-        raise unsupported_field("sigma_min", low)
-    return karras_sigmas(low, high, num_inference_steps)
 
 
 def _grid(config: Mapping[str, JsonValue], schedule: NoiseSchedule, num_inference_steps: int) -> tuple[Floats, Floats]:
@@ -89,15 +80,14 @@ def _grid(config: Mapping[str, JsonValue], schedule: NoiseSchedule, num_inferenc
     )
     timesteps = rounded_to_float32(timesteps)
     sigmas = schedule.sigmas_at(timesteps)
-    if read_flag(config, "use_karras_sigmas"):
-        # The bounds are those of the grid, not of the whole table: they move with spacing and step count.
-        sigmas = karras_grid(config, float(sigmas[-1]), float(sigmas[0]), num_inference_steps)
+    respaced = respaced_sigmas(config, sigmas)  # between the grid's ends, which move with spacing and step count
+    if respaced is not None:
+        sigmas = respaced
         timesteps = rounded_to_float32(schedule.timesteps_at(sigmas))
     return timesteps, rounded_to_float32(sigmas)
 
 
 def _refuse_unsupported(config: Mapping[str, JsonValue], schedule: NoiseSchedule) -> None:
-    refuse_flags(config, "use_beta_sigmas", "use_exponential_sigmas")
     if config["interpolation_type"] != "linear":
         raise unsupported_field("interpolation_type", config["interpolation_type"])
     # Continuous timesteps change what the network sees only where it predicts v.

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from sdrt.bundle import JsonValue
-from sdrt.plan.ddim import alphas_cumprod_or_final, integer_timesteps
+from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
+from sdrt.plan.ddim import alphas_cumprod_or_final, integer_timesteps, noised_at
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import Floats, NoiseSchedule, read_flag, unsupported_field
 
@@ -32,7 +33,7 @@ _ADAMS_BASHFORTH = (
 _AVERAGE = np.array([0.5, 0.5, 0.0, 0.0])
 
 
-def pndm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, num_inference_steps: int) -> SamplingPlan:
+def pndm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: AskedSteps) -> SamplingPlan:
     """n + 1 rows for n ≥ 2 steps (1 for 1): the first step is made twice, as a predictor and with its correction.
 
     RequestError unless `skip_prk_steps`, and for prediction_type "sample", which the family does not define.
@@ -41,11 +42,14 @@ def pndm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, num_infe
         raise unsupported_field("skip_prk_steps", config["skip_prk_steps"])
     if schedule.prediction_type == "sample":
         raise unsupported_field("prediction_type", "sample")
-    grid = integer_timesteps(config, schedule, num_inference_steps)
+    refuse_noise(asked)
+    refuse_own_grid(asked, "timesteps", "sigmas")
+    grid = integer_timesteps(config, schedule, asked.num_inference_steps)
     evaluated = np.concatenate([grid[:2], grid[1:]])
-    stride = len(schedule) // num_inference_steps
+    evaluated = evaluated[asked.first :]
+    stride = len(schedule) // asked.num_inference_steps
     start, end = evaluated.copy(), evaluated - stride
-    if num_inference_steps > 1:
+    if len(evaluated) > 1:
         start[1], end[1] = evaluated[1] + stride, evaluated[1]
     sample, output = _transfer(schedule, schedule.alphas_cumprod[start], alphas_cumprod_or_final(config, schedule, end))
     transitions = np.zeros((len(evaluated), _SLOTS, _SLOTS + 2))
@@ -56,6 +60,7 @@ def pndm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, num_infe
         input_scales=np.ones(len(evaluated)),
         transitions=transitions,
         initial_scale=1.0,
+        noised=noised_at(schedule, evaluated[0]),
     )
 
 

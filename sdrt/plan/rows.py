@@ -17,6 +17,8 @@ class SamplingPlan:
     ``initial_scale * noise`` in slot 0 and zeros elsewhere.
 
     timesteps: float64 [rows]; input_scales: float64 [rows]; transitions: float64 [rows, n, n + 2].
+    noised: (a, b), with which the latents of an image enter at row 0: S[0] = a · latents + b · noise.
+    draws: bool [rows], the rows for which the reference draws noise, where that are more than those that add some.
     The arrays are read-only.
     """
 
@@ -24,10 +26,13 @@ class SamplingPlan:
     input_scales: npt.NDArray[np.float64]
     transitions: npt.NDArray[np.float64]
     initial_scale: float
+    noised: tuple[float, float]
+    draws: npt.NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
-        for array in (self.timesteps, self.input_scales, self.transitions):
-            array.setflags(write=False)
+        for array in (self.timesteps, self.input_scales, self.transitions, self.draws):
+            if array is not None:
+                array.setflags(write=False)
 
     def __len__(self) -> int:
         """How many rows, which is how often the network is evaluated (PNDM: steps + 1)."""
@@ -39,8 +44,8 @@ class SamplingPlan:
         return int(self.transitions.shape[1])
 
     def draws_noise(self, row: int) -> bool:
-        """Whether this row adds fresh noise, that is, consumes the request's generator."""
-        return bool(np.any(self.transitions[row, :, -1]))
+        """Whether this row consumes the request's generator."""
+        return bool(np.any(self.transitions[row, :, -1]) if self.draws is None else self.draws[row])
 
     def padded_transitions(self, rows: slice, slots: int) -> npt.NDArray[np.float32]:
         """The rows' transitions for a step graph of `slots` ≥ n state slots: float32 [rows, slots, slots + 2]."""

@@ -1,8 +1,7 @@
 """Every plan against the diffusers class of its name, run step by step on the same random model outputs."""
 
 import inspect
-from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -12,126 +11,25 @@ import torch
 from sdrt.errors import RequestError
 from sdrt.plan import build_plan, ddim, dpm_multistep, euler, pndm
 from sdrt.schedule import SCHEDULE_FIELDS
+from tests.oracle.plan_reference import (
+    MANY,
+    SD_1_5,
+    SD_2_1,
+    SD_TURBO,
+    SDXL,
+    SPACINGS,
+    STABLE_DIFFUSION,
+    STEPS,
+    TIMESTEP_TOLERANCE,
+    TOLERANCE_FLOAT32,
+    assert_agrees,
+    check,
+    check_family,
+    make_scheduler,
+    run_reference,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-STEPS = (1, 2, 3, 4, 7, 10, 20, 25, 30, 50)
-MANY = 0  # stands for the most steps that every family can do with the spacing
-SPACINGS = ("leading", "trailing", "linspace")
-# Measured against float64 steps: 1e-13 where the sigmas are equal. Vendors' float32 square roots differ in the last
-# place of a few of them, which makes it 1e-6 up to 50 steps, and for a thousand 4e-6 on Intel and 1.1e-5 on AMD. The
-# promise is 1e-5 up to 50 steps.
-TOLERANCE = 3e-6
-TOLERANCE_MANY_STEPS = 3e-5
-# Measured against float32 steps, 50 of them: 8e-6, the reference's own rounding.
-TOLERANCE_FLOAT32 = 1e-5
-TIMESTEP_TOLERANCE = 1e-4  # two last places of float32 at 999, where timesteps are fractions that come of the sigmas
-SHAPE = (1, 4, 3, 5)
-
-STABLE_DIFFUSION = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "steps_offset": 1,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-}
-# The fields of scheduler_config.json in published checkpoints.
-SD_1_5 = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "trained_betas": None, **STABLE_DIFFUSION}
-SD_2_1 = {
-    **STABLE_DIFFUSION,
-    "_class_name": "DDIMScheduler",
-    "prediction_type": "v_prediction",
-    "trained_betas": None,
-}
-SDXL = {
-    **STABLE_DIFFUSION,
-    "_class_name": "EulerDiscreteScheduler",
-    "interpolation_type": "linear",
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-    "use_karras_sigmas": False,
-}
-SD_TURBO = {**SDXL, "timestep_spacing": "trailing"}
-
-
-class Reference(NamedTuple):
-    """What a diffusers scheduler did: its timesteps, input scales, states after each step and the first scale."""
-
-    timesteps: np.ndarray
-    input_scales: np.ndarray
-    states: list[np.ndarray]
-    initial_scale: float
-
-
-def draws(count: int, seed: int = 5) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((2 * count + 3, *SHAPE))
-
-
-def make_scheduler(class_name: str, config: Mapping[str, object], **overrides: object):
-    return getattr(diffusers, class_name).from_config(dict(config), **overrides)
-
-
-def run_reference(scheduler, steps: int, *, eta: float = 0.0, dtype: torch.dtype = torch.float64) -> Reference:
-    """Step through, in float64 where asked: tables and sigmas as they are, everything after them in `dtype`."""
-    scheduler.set_timesteps(steps)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
-    if dtype is torch.float64:
-        for name in ("alphas_cumprod", "final_alpha_cumprod", "sigmas"):
-            if hasattr(scheduler, name):
-                setattr(scheduler, name, getattr(scheduler, name).double())
-    noise = torch.from_numpy(draws(len(scheduler.timesteps))).to(dtype)
-    first = float(scheduler.init_noise_sigma)
-    sample = noise[0] * first
-    states, scales = [], []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "float32", dtype)  # the schedulers' upcasts to float32 must not lose float64
-        for row, timestep in enumerate(scheduler.timesteps):
-            scales.append(float(scheduler.scale_model_input(torch.ones(1, dtype=dtype), timestep)))
-            options = {"eta": eta, "variance_noise": noise[2 + 2 * row]} if eta > 0 else {}
-            sample = scheduler.step(noise[1 + 2 * row], timestep, sample, **options).prev_sample
-            states.append(sample.numpy().astype(np.float64))
-    return Reference(scheduler.timesteps.numpy().astype(np.float64), np.array(scales), states, first)
-
-
-def run_plan(plan) -> list[np.ndarray]:
-    noise = draws(len(plan))
-    state = np.zeros((plan.slots, *SHAPE))
-    state[0] = noise[0] * plan.initial_scale
-    states = []
-    for row in range(len(plan)):
-        operands = np.concatenate([state, noise[1 + 2 * row : 3 + 2 * row]])
-        state = np.tensordot(plan.transitions[row], operands, 1)
-        states.append(state[0])
-    return states
-
-
-def assert_agrees(plan, reference: Reference, tolerance: float = TOLERANCE, timestep_tolerance: float = 0.0) -> None:
-    np.testing.assert_allclose(plan.timesteps, reference.timesteps, rtol=0, atol=timestep_tolerance)
-    np.testing.assert_allclose(plan.input_scales, reference.input_scales, rtol=2e-7)
-    assert plan.initial_scale == pytest.approx(reference.initial_scale, rel=2e-7)
-    for row, (ours, theirs) in enumerate(zip(run_plan(plan), reference.states, strict=True)):
-        error = np.abs(ours - theirs).max() / np.abs(theirs).max()
-        assert error <= tolerance, f"row {row} of {len(plan)}: {error:.1e}"
-
-
-def check(class_name: str, config: Mapping[str, object], steps: int, eta: float = 0.0) -> None:
-    if steps == MANY:
-        steps = 998 if config["timestep_spacing"] == "leading" else 999
-    reference = run_reference(make_scheduler(class_name, config), steps, eta=eta)
-    plan = build_plan(scheduler_class=class_name, scheduler_config=config, num_inference_steps=steps, eta=eta)
-    fractional = class_name == "EulerDiscreteScheduler" and config.get("use_karras_sigmas") is True
-    assert_agrees(
-        plan,
-        reference,
-        TOLERANCE if steps <= 50 else TOLERANCE_MANY_STEPS,
-        TIMESTEP_TOLERANCE if fractional else 0.0,
-    )
 
 
 @pytest.mark.parametrize("steps", [*STEPS, MANY])
@@ -226,6 +124,8 @@ def test_dpm_multistep_options(fields: dict[str, object], solver_type: str, step
         {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "timestep_spacing": "leading"},
         {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
         {"timestep_type": "continuous"},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True, "timestep_spacing": "leading"},
     ],
     ids=lambda fields: ",".join(f"{name}={value}" for name, value in fields.items()),
 )
@@ -341,11 +241,25 @@ def test_the_oracle_notices_a_wrong_coefficient():
     plan = build_plan(scheduler_class="PNDMScheduler", scheduler_config=SD_1_5, num_inference_steps=10)
     transitions = plan.transitions.copy()
     transitions[4, 0, 2] *= 1 + 1e-4
-    wrong = type(plan)(
-        timesteps=plan.timesteps.copy(),
-        input_scales=plan.input_scales.copy(),
-        transitions=transitions,
-        initial_scale=plan.initial_scale,
-    )
+    wrong = replace(plan, transitions=transitions)
     with pytest.raises(AssertionError, match="row 4"):
         assert_agrees(wrong, reference)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(
+    ("family", "plan", "class_name"),
+    [
+        (ddim, ddim.ddim_plan, "DDIMScheduler"),
+        (euler, euler.euler_plan, "EulerDiscreteScheduler"),
+        (dpm_multistep, dpm_multistep.dpm_multistep_plan, "DPMSolverMultistepScheduler"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_plan_that_begins_later_remembers_nothing_of_before(family, plan, class_name, spacing, first, steps):
+    config = {**STABLE_DIFFUSION, "timestep_spacing": spacing}
+    whole = check_family(plan, family.FIELDS, class_name, config, steps)
+    later = check_family(plan, family.FIELDS, class_name, config, steps, first=first)
+    assert len(later) == len(whole) - first
