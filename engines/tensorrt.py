@@ -75,7 +75,8 @@ class TensorRtBuilder:
 
     def features(self, precision: Precision) -> tuple[str, ...]:
         """The library, and the architectures if the engines are for some only; see `EngineBuilder.features`."""
-        return (self.library.name, *self.targets)
+        own = self.gpu.architecture if self.gpu is not None else ""
+        return (self.library.name, *(own if target == CURRENT else target for target in self._targets()))
 
     def settings(self, source: ComponentSource) -> dict[str, JsonValue]:
         """The profiles; see `EngineBuilder.settings`."""

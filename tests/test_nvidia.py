@@ -1,9 +1,11 @@
 """What a TensorRT bundle needs of a machine: each thing that does not fit is its own error, before an engine loads."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from sdrt import runners
 from sdrt.bundle import BackendRecord
 from sdrt.engines.tensorrt import TensorRtBuilder
 from sdrt.engines.tensorrt_child import CURRENT
@@ -115,3 +117,33 @@ def test_a_gpu_that_portable_engines_are_not_for_has_its_own():
         (9, 0): (CURRENT,),
         (9, 1): ("sm80",),
     }
+    assert builders[8, 9].features("fp16") == ("tensorrt_rtx",)
+    assert builders[9, 0].features("fp16") == ("tensorrt_rtx", "sm90")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "text"),
+    [
+        ({"version": "1.8.0.1"}, BundleError, "was built with tensorrt_rtx 1.8.0.1"),
+        ({"device": "sm120", "features": ("tensorrt_rtx",)}, BackendError, "was built for sm120"),
+        ({"features": ("tensorrt_rtx", "sm86")}, BackendError, "was built for sm86"),
+        ({"features": ()}, BundleError, "does not say which library"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_each_field_that_does_not_fit_is_an_error_before_any_engine_is_loaded(
+    onnx_bundle, monkeypatch, changes, kind, text
+):
+    def untouched(*arguments):
+        raise AssertionError("the device was touched")
+
+    library = nvidia.Library(name="tensorrt_rtx", version="1.7.1.116", module=SimpleNamespace())
+    monkeypatch.setattr(nvidia, "load_library", lambda name: library)
+    monkeypatch.setattr(nvidia, "require_device", lambda: ADA)
+    monkeypatch.setattr(runners, "_open_gpu", untouched)
+    fitting = replace(onnx_bundle, manifest=replace(onnx_bundle.manifest, backend=backend()))
+    with pytest.raises(AssertionError, match="was touched"):
+        runners.open_runner(fitting)
+    flipped = replace(fitting, manifest=replace(fitting.manifest, backend=replace(backend(), **changes)))
+    with pytest.raises(kind, match=text):
+        runners.open_runner(flipped)
