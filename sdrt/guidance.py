@@ -1,4 +1,4 @@
-"""Lanes: which network evaluations a request needs in a step, and with which weights they are combined."""
+"""Lanes: which network evaluations a request needs in each row, and with which weights they are combined."""
 
 from dataclasses import dataclass
 
@@ -14,19 +14,38 @@ class Lane:
     weight: float
 
 
-def lanes_of(
-    request: ResolvedRequest, prompt_embeds: FloatArray, negative_embeds: FloatArray | None
-) -> tuple[Lane, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Guidance:
+    """The lanes of a request's rows: `inside` an interval of rows, and `outside` of it."""
+
+    inside: tuple[Lane, ...]
+    outside: tuple[Lane, ...]
+    interval: range
+
+    def lanes(self, row: int) -> tuple[Lane, ...]:
+        """The lanes of one row."""
+        return self.inside if row in self.interval else self.outside
+
+    def last_alike(self, row: int, rows: int) -> int:
+        """The end of the rows from `row` on that have the same lanes, of `rows` in all."""
+        ends = [end for end in (self.interval.start, self.interval.stop) if row < end < rows]
+        return min(ends, default=rows)
+
+
+def guidance_of(request: ResolvedRequest, prompt_embeds: FloatArray, negative_embeds: FloatArray | None) -> Guidance:
     """Classifier-free guidance is uncond + s · (cond - uncond), that is weights 1 - s and s (Ho and Salimans 2022).
 
-    A request without guidance owns one lane; `negative_embeds` is then not used.
+    Outside the request's interval, and without guidance anywhere, a row owns one lane (Kynkäänniemi et al. 2024);
+    `negative_embeds` is not used by a request without guidance.
     """
+    plain = (Lane(prompt_embeds=prompt_embeds, weight=1.0),)
     if not request.guided:
-        return (Lane(prompt_embeds=prompt_embeds, weight=1.0),)
+        return Guidance(inside=plain, outside=plain, interval=range(0))
     if negative_embeds is None:
         raise ValueError("a guided request needs the embedding of its negative prompt")
     scale = request.guidance_scale
-    return (
+    guided = (
         Lane(prompt_embeds=negative_embeds, weight=1.0 - scale),
         Lane(prompt_embeds=prompt_embeds, weight=scale),
     )
+    return Guidance(inside=guided, outside=plain, interval=request.guided_rows)

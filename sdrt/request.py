@@ -22,6 +22,8 @@ class Request:
 
     With `num_images_per_prompt` > 1, image i is made with seed + i, so each can be made again alone.
     generator: whose numbers the seed stands for, those of torch.Generator("cpu") or torch.Generator("cuda").
+    guidance_start, guidance_end: the part of the steps that is guided, 0 to 1; outside it the negative prompt is not
+    evaluated at all, which halves a step.
     """
 
     prompt: str
@@ -35,6 +37,8 @@ class Request:
     num_images_per_prompt: int = 1
     eta: float = 0.0
     generator: GeneratorName = "cpu"
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,8 @@ class ResolvedRequest:
     num_images_per_prompt: int
     eta: float
     generator: GeneratorName
+    guidance_start: float
+    guidance_end: float
     plan: SamplingPlan
 
     @property
@@ -63,6 +69,16 @@ class ResolvedRequest:
     def guided(self) -> bool:
         """Whether classifier-free guidance runs; decided here and nowhere else, as the reference does."""
         return self.guidance_scale > 1
+
+    @property
+    def guided_rows(self) -> range:
+        """The rows of the plan that are guided: those that begin in [guidance_start, guidance_end)."""
+        if not self.guided:
+            return range(0)
+        rows = len(self.plan)
+        # Rounded first: 0.3 of 10 rows is 3, though 0.3 · 10 may be a little more.
+        first, end = (math.ceil(round(share * rows, 9)) for share in (self.guidance_start, self.guidance_end))
+        return range(first, end)
 
 
 def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
@@ -77,6 +93,14 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
     eta = _finite("eta", request.eta)
     if not 0 <= eta <= 1:
         raise RequestError(f"eta is {eta:g}", hint="give a number from 0 (no noise) to 1")
+    guidance_start, guidance_end = (
+        _finite(name, getattr(request, name)) for name in ("guidance_start", "guidance_end")
+    )
+    if not 0 <= guidance_start < guidance_end <= 1:
+        raise RequestError(
+            f"guidance_start is {guidance_start:g} and guidance_end {guidance_end:g}",
+            hint="give shares of the steps: 0 <= start < end <= 1; for no guidance at all, guidance_scale 1",
+        )
     return ResolvedRequest(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
@@ -89,6 +113,8 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
         num_images_per_prompt=images,
         eta=eta,
         generator=_resolve_generator(request.generator),
+        guidance_start=guidance_start,
+        guidance_end=guidance_end,
         plan=_resolve_plan(request.scheduler, manifest, steps, eta),
     )
 

@@ -81,30 +81,34 @@ class _HostBatch:
 
 
 class _DeviceBatch:
-    """Rows are queued; states are fetched when somebody asks, or when one of the trajectories is finished.
+    """Rows are queued; states are fetched when somebody asks, when a trajectory is finished, or when its lanes change.
 
     A value that is not finite stays so from row to row, and no row mixes requests: so it is enough to look at the end.
     """
 
     def __init__(self, runner: SteppingRunner, trajectories: tuple[Trajectory, ...]) -> None:
         self.trajectories = trajectories
-        self._left = min(len(item.plan) - item.row for item in trajectories)
-        self._ahead = 0  # rows queued since the last collection
+        self._runner = runner
+        self._seconds: list[float] = []  # of steps that are closed
+        self._gap = 0.0
         self._taken = 0
-        inputs = lasting_inputs(trajectories)
-        inputs["noise"] = np.zeros_like(inputs["state"][:, 0])
-        requests, lanes = runner.batch_size(len(trajectories), len(inputs["lane_request"]))
-        rows = row_inputs(trajectories, self._left)
-        self._steps: Steps = runner.open_steps(*pad_inputs(inputs, rows, requests=requests, lanes=lanes))
+        self._ahead = 0  # rows queued since the last collection
+        self._left = 0  # rows until the steps end
+        self._steps: Steps | None = self._open()
 
     def advance(self) -> Faults:
-        self._steps.advance([item.next_noise(self._ahead) for item in self.trajectories])
+        steps = self._steps = self._steps or self._open()
+        steps.advance([item.next_noise(self._ahead) for item in self.trajectories])
         self._ahead += 1
         self._left -= 1
-        return self.collect() if self._left == 0 else {}
+        if self._left:
+            return {}
+        faults = self.collect()
+        self._end()
+        return faults
 
     def collect(self) -> Faults:
-        if self._ahead == 0:
+        if self._ahead == 0 or self._steps is None:
             return {}
         faults = {}
         states = self._steps.state()[: len(self.trajectories)]  # what follows is padding
@@ -117,12 +121,28 @@ class _DeviceBatch:
         return faults
 
     def take_seconds(self) -> tuple[float, ...]:
-        seconds = self._steps.seconds()
+        seconds = (*self._seconds, *(() if self._steps is None else self._steps.seconds()))
         taken, self._taken = seconds[self._taken :], len(seconds)
         return taken
 
     def gap_seconds(self) -> float | None:
-        return self._steps.gap_seconds()
+        return self._gap + (0.0 if self._steps is None else self._steps.gap_seconds())
 
     def close(self) -> None:
-        self._steps.close()
+        if self._steps is not None:
+            self._steps.close()
+
+    def _open(self) -> Steps:
+        self._left = min(item.rows_alike for item in self.trajectories)
+        inputs = lasting_inputs(self.trajectories)
+        inputs["noise"] = np.zeros_like(inputs["state"][:, 0])
+        requests, lanes = self._runner.batch_size(len(self.trajectories), len(inputs["lane_request"]))
+        rows = row_inputs(self.trajectories, self._left)
+        return self._runner.open_steps(*pad_inputs(inputs, rows, requests=requests, lanes=lanes))
+
+    def _end(self) -> None:
+        if self._steps is not None:
+            self._seconds.extend(self._steps.seconds())
+            self._gap += self._steps.gap_seconds()
+            self._steps.close()
+            self._steps = None

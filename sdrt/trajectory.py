@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sdrt.guidance import Lane
+from sdrt.guidance import Guidance, Lane
 from sdrt.noise import Generator
 from sdrt.plan import SamplingPlan
 from sdrt.runners.base import FloatArray, RowNoise
@@ -15,7 +15,7 @@ class Trajectory:
     """state: float32 [n, C, h, w], the latents in slot 0. `row` is the next row of the plan to run."""
 
     plan: SamplingPlan
-    lanes: tuple[Lane, ...]
+    guidance: Guidance
     generator: Generator
     state: FloatArray
     row: int = 0
@@ -25,6 +25,16 @@ class Trajectory:
     def finished(self) -> bool:
         """Whether every row has run."""
         return self.row >= len(self.plan)
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """The network evaluations of the next row."""
+        return self.guidance.lanes(self.row)
+
+    @property
+    def rows_alike(self) -> int:
+        """How many rows from the next one on have its lanes."""
+        return self.guidance.last_alike(self.row, len(self.plan)) - self.row
 
     @property
     def latents(self) -> FloatArray:
@@ -61,9 +71,9 @@ class Trajectory:
 
 
 def start_trajectory(
-    *, plan: SamplingPlan, lanes: tuple[Lane, ...], generator: Generator, slots: int, shape: tuple[int, int, int]
+    *, plan: SamplingPlan, guidance: Guidance, generator: Generator, slots: int, shape: tuple[int, int, int]
 ) -> Trajectory:
     """A trajectory at row 0, from the generator's first numbers. shape: (C, h, w)."""
     state = np.zeros((slots, *shape), np.float32)
     state[0] = generator.randn((1, *shape))[0] * np.float32(plan.initial_scale)
-    return Trajectory(plan=plan, lanes=lanes, generator=generator, state=state)
+    return Trajectory(plan=plan, guidance=guidance, generator=generator, state=state)

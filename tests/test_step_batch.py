@@ -66,6 +66,7 @@ MIXTURE = (
     request(scheduler="euler", guidance_scale=1.0, seed=2),
     request(**STOCHASTIC, seed=3),
     request(**STOCHASTIC, generator="cuda", seed=4),
+    request(guidance_start=0.25, guidance_end=0.75, seed=5),
 )
 
 
@@ -74,8 +75,9 @@ class TestStates:
         assert isinstance(pipeline.runner, SteppingRunner)
         assert not isinstance(host.runner, SteppingRunner)
 
-    def test_are_those_of_steps_on_the_host_to_the_bit(self, pipeline, host):
-        ours, theirs = trajectories(pipeline, *MIXTURE), trajectories(host, *MIXTURE)
+    @pytest.mark.parametrize("mixture", [MIXTURE[:4], MIXTURE[1:]])
+    def test_are_those_of_steps_on_the_host_to_the_bit(self, pipeline, host, mixture):
+        ours, theirs = trajectories(pipeline, *mixture), trajectories(host, *mixture)
         finish(open_batch(pipeline.runner, ours))
         finish(open_batch(host.runner, theirs))
         assert [path.row for path in ours] == [path.row for path in theirs]
@@ -196,7 +198,7 @@ class TestSteps:
         batch.close()
 
     def test_bring_noise_only_where_a_row_draws_some(self, pipeline, cuda):
-        plain, drawing, device = trajectories(pipeline, *MIXTURE[1:])
+        plain, drawing, device = trajectories(pipeline, *MIXTURE[1:4])
         batch = open_batch(pipeline.runner, [plain, drawing, device])
         for _ in range(2):
             batch.advance()
@@ -215,6 +217,23 @@ class TestSteps:
         assert all(second > 0 for second in seconds)
         assert batch.gap_seconds() > 0
         assert batch.take_seconds() == ()
+
+    def test_change_their_lanes_where_guidance_begins_and_ends(self, pipeline):
+        (path,) = trajectories(pipeline, request(num_inference_steps=8, guidance_start=0.25, guidance_end=0.75))
+        batch = open_batch(pipeline.runner, [path])
+        captured = []
+        while not path.finished:
+            assert batch.advance() == {}
+            captured.append((path.row, len(path.lanes)))
+        rows = len(path.plan)
+        first, end = path.guidance.interval.start, path.guidance.interval.stop
+        assert (first, rows) in ((2, 8), (3, 9))
+        # Collected where the lanes change, and only there.
+        assert [row for row, _ in captured] == [0] * (first - 1) + [first] * (end - first) + [end] * (rows - end) + [
+            rows
+        ]
+        assert len(batch.take_seconds()) == rows
+        batch.close()
 
     def test_beyond_the_last_row_are_refused(self, pipeline):
         paths = trajectories(pipeline, request())
@@ -360,7 +379,7 @@ CALLS = st.lists(st.sampled_from(["first", "second", "collect", "call", "vae"]),
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(calls=CALLS, most_graphs=st.integers(1, 3), kinds=st.tuples(st.integers(0, 3), st.integers(0, 3)))
+@given(calls=CALLS, most_graphs=st.integers(1, 3), kinds=st.tuples(st.integers(0, 4), st.integers(0, 4)))
 def test_whatever_happens_between_steps_their_states_are_those_of_the_host(
     onnx_bundle, onnx_profiles, host, calls, most_graphs, kinds
 ):

@@ -33,6 +33,8 @@ REQUEST_FIELDS = (
     "num_images_per_prompt",
     "eta",
     "generator",
+    "guidance_start",
+    "guidance_end",
 )
 
 
@@ -67,6 +69,14 @@ def run(
             help="How closely to follow the prompt; 1 is without guidance. Default: 7.5.",
             show_default=False,
         ),
+    ] = None,
+    guidance_start: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Guide from this share of the steps on. Default: 0.", show_default=False),
+    ] = None,
+    guidance_end: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="And up to this one: 0.6 saves time. Default: 1.", show_default=False),
     ] = None,
     scheduler: Annotated[
         str | None,
@@ -126,6 +136,8 @@ def run(
         "width": wide,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
+        "guidance_start": guidance_start,
+        "guidance_end": guidance_end,
         "scheduler": scheduler,
         "seed": seed,
         "generator": generator,
@@ -241,6 +253,7 @@ def _record(result: "Result", paths: Sequence[Path], sheet: Path | None) -> "dic
             "steps": list(timings.step_seconds),
             "vae_decoder": timings.vae_decoder_seconds,
             "gaps_between_steps": timings.gap_seconds,
+            "saved_by_guidance_interval": result.saved_seconds,
             "total": timings.total_seconds,
         },
         "warnings": list(result.warnings),
@@ -262,7 +275,17 @@ def _summary(result: "Result", paths: Sequence[Path], sheet: Path | None) -> "li
             "denoising",
             f"{seconds_text(stepping)} ({count} of {seconds_text(stepping / count)}, {request.scheduler})",
         ),
+        *_saved_text(result),
         ("VAE decoder", seconds_text(timings.vae_decoder_seconds)),
         ("total", seconds_text(timings.total_seconds)),
     ]
     return facts(rows)
+
+
+def _saved_text(result: "Result") -> list[tuple[str, str]]:
+    if result.saved_seconds is None:
+        return []
+    rows, guided = len(result.timings.step_seconds), len(result.request.guided_rows)
+    return [
+        ("guidance", f"in {guided} of {rows} steps, which saved about {seconds_text(max(result.saved_seconds, 0.0))}")
+    ]
