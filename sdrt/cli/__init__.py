@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sdrt._version import VERSION
-from sdrt.cli import bench, build, demo, doctor, inspect, run, vae, verify
+from sdrt.cli import bench, build, demo, doctor, inspect, run, schedulers, vae, verify
 from sdrt.cli.terminal import print_error, warnings_as_lines
 from sdrt.errors import Cancelled, OutputError, RequestError, SdrtError
 
@@ -59,6 +59,7 @@ for _command in (
     vae.decode,
     demo.demo,
     doctor.doctor,
+    schedulers.schedulers,
 ):
     app.command()(_command)
 

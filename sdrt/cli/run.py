@@ -82,7 +82,7 @@ def run(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="ddim, pndm, euler, euler_karras, dpmpp_2m, dpmpp_2m_karras. Default: the model's own.",
+            help="A name, such as euler_karras, or a class: see sdrt schedulers. Default: the model's own.",
             autocompletion=complete_scheduler,
             show_default=False,
         ),

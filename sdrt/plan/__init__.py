@@ -1,76 +1,26 @@
-"""Plans: which scheduler a name means, what it takes over from the checkpoint, and its rows. One module per family."""
+"""Plans: what a scheduler takes over from the checkpoint, and its rows. A module per family; names in `catalog.py`."""
 
-import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import lru_cache
-from types import MappingProxyType
 
 import numpy as np
 
 from sdrt.bundle import JsonValue
 from sdrt.errors import RequestError
-from sdrt.plan import ddim, dpm_multistep, euler, pndm
 from sdrt.plan.asked import AskedSteps
+from sdrt.plan.catalog import FAMILIES, NAMES, Family, find_scheduler
 from sdrt.plan.rows import MAX_STATE_SLOTS, SamplingPlan
 from sdrt.schedule import SCHEDULE_FIELDS, NoiseSchedule
 
 __all__ = ["MAX_STATE_SLOTS", "SCHEDULERS", "SamplingPlan", "build_plan"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Family:
-    """A sampler: its class name in checkpoints, its config fields with their defaults, and how its rows are made."""
+SCHEDULERS: tuple[str, ...] = tuple(NAMES)
 
-    class_name: str
-    fields: Mapping[str, JsonValue]
-    plan: Callable[[Mapping[str, JsonValue], NoiseSchedule, AskedSteps], SamplingPlan]
-
-
-_DDIM = _Family(class_name="DDIMScheduler", fields=ddim.FIELDS, plan=ddim.ddim_plan)
-_PNDM = _Family(class_name="PNDMScheduler", fields=pndm.FIELDS, plan=pndm.pndm_plan)
-_EULER = _Family(class_name="EulerDiscreteScheduler", fields=euler.FIELDS, plan=euler.euler_plan)
-_DPM = _Family(
-    class_name="DPMSolverMultistepScheduler",
-    fields=dpm_multistep.FIELDS,
-    plan=dpm_multistep.dpm_multistep_plan,
-)
-_FAMILIES = MappingProxyType({family.class_name: family for family in (_DDIM, _PNDM, _EULER, _DPM)})
-_KARRAS = MappingProxyType({"use_karras_sigmas": True})
-_NOTHING: Mapping[str, JsonValue] = MappingProxyType({})
-_NAMES: Mapping[str, tuple[_Family, Mapping[str, JsonValue]]] = MappingProxyType(
-    {
-        "ddim": (_DDIM, _NOTHING),
-        "pndm": (_PNDM, _NOTHING),
-        "euler": (_EULER, _NOTHING),
-        "euler_karras": (_EULER, _KARRAS),
-        "dpmpp_2m": (_DPM, _NOTHING),
-        "dpmpp_2m_karras": (_DPM, _KARRAS),
-    }
-)
-
-SCHEDULERS: tuple[str, ...] = tuple(_NAMES)
-
-# Schedulers over a table of betas, whose configs another scheduler can take over.
-_COMPATIBLE_CLASSES = frozenset(
-    {
-        *_FAMILIES,
-        "DDPMScheduler",
-        "DEISMultistepScheduler",
-        "DPMSolverSDEScheduler",
-        "DPMSolverSinglestepScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "KDPM2AncestralDiscreteScheduler",
-        "KDPM2DiscreteScheduler",
-        "LCMScheduler",
-        "LMSDiscreteScheduler",
-        "TCDScheduler",
-        "UniPCMultistepScheduler",
-    }
-)
+# With a schedule of their own: no other scheduler can take over the configs of these, nor these those of others.
+_WITHOUT_BETAS = frozenset({"IPNDMScheduler"})
 
 # Fields that only those other schedulers read; they mean nothing to the ones here.
 _OTHER_SCHEDULERS_FIELDS = frozenset(
@@ -87,7 +37,7 @@ _OTHER_SCHEDULERS_FIELDS = frozenset(
     }
 )
 _KNOWN_FIELDS = frozenset(
-    {*SCHEDULE_FIELDS, *_OTHER_SCHEDULERS_FIELDS, *(name for family in _FAMILIES.values() for name in family.fields)}
+    {*SCHEDULE_FIELDS, *_OTHER_SCHEDULERS_FIELDS, *(name for family in FAMILIES.values() for name in family.fields)}
 )
 
 
@@ -133,36 +83,26 @@ def _cached_plan(
     return plan
 
 
-def _select(scheduler: str | None, scheduler_class: str) -> tuple[_Family, Mapping[str, JsonValue]]:
+def _select(scheduler: str | None, scheduler_class: str) -> tuple[Family, Mapping[str, JsonValue]]:
     """The family and the config fields that its name sets."""
-    if scheduler_class not in _COMPATIBLE_CLASSES:
+    if scheduler_class not in FAMILIES:
         raise RequestError(
             f"the checkpoint's scheduler is {scheduler_class!r}, which is of no kind that sdrt knows",
-            hint="sdrt samples models whose scheduler is one of: " + ", ".join(sorted(_COMPATIBLE_CLASSES)),
+            hint="sdrt samples models whose scheduler is one of: " + ", ".join(sorted(FAMILIES)),
         )
     if scheduler is None:
-        if scheduler_class in _FAMILIES:
-            return _FAMILIES[scheduler_class], _NOTHING
+        return FAMILIES[scheduler_class], {}
+    found = find_scheduler(scheduler)
+    if found.family.class_name != scheduler_class and _WITHOUT_BETAS & {found.family.class_name, scheduler_class}:
         raise RequestError(
-            f"the checkpoint's own scheduler, {scheduler_class}, is not supported",
-            hint="name another one: " + ", ".join(SCHEDULERS),
+            f"{found.family.class_name} cannot take the place of the checkpoint's {scheduler_class}: one has no betas",
+            hint="leave the scheduler out",
         )
-    if scheduler in _FAMILIES:
-        return _FAMILIES[scheduler], _NOTHING
-    if scheduler in _NAMES:
-        return _NAMES[scheduler]
-    raise RequestError(f"there is no scheduler {scheduler!r}", hint=_suggestion(scheduler, [*SCHEDULERS, *_FAMILIES]))
-
-
-def _suggestion(wanted: str, names: list[str]) -> str:
-    folded = {name.casefold(): name for name in names}
-    near = difflib.get_close_matches(wanted.casefold(), folded, n=1, cutoff=0.5)
-    choices = "choose one of: " + ", ".join(names)
-    return f"did you mean {folded[near[0]]}? {choices}" if near else choices
+    return found.family, found.fields
 
 
 def _taken_over(
-    config: dict[str, JsonValue], family: _Family, overrides: Mapping[str, JsonValue]
+    config: dict[str, JsonValue], family: Family, overrides: Mapping[str, JsonValue]
 ) -> dict[str, JsonValue]:
     """Every field that `family` reads: from `overrides`, the checkpoint's config or the family's defaults."""
     for name, value in config.items():
@@ -180,7 +120,7 @@ def _taken_over(
     return {**known, **{name: given[name] for name in known if name in given}, **overrides}
 
 
-def _refuse_infinite(plan: SamplingPlan, family: _Family, num_inference_steps: int) -> None:
+def _refuse_infinite(plan: SamplingPlan, family: Family, num_inference_steps: int) -> None:
     arrays = (plan.timesteps, plan.input_scales, plan.transitions, np.array(plan.initial_scale))
     if not all(np.isfinite(array).all() for array in arrays):
         raise RequestError(

@@ -7,89 +7,67 @@ import numpy as np
 from sdrt.bundle import JsonValue
 from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
 from sdrt.plan.rows import SamplingPlan
-from sdrt.plan.spacing import respaced_sigmas
-from sdrt.schedule import (
-    Floats,
-    NoiseSchedule,
-    denoised_coefficients,
-    read_choice,
-    read_integer,
-    read_spacing,
-    rounded_to_float32,
-    spaced_timesteps,
-    unsupported_field,
+from sdrt.plan.sigma_grid import (
+    GRID_FIELDS,
+    SigmaGrid,
+    asked_timesteps,
+    cut_grid,
+    final_sigma,
+    network_scales,
+    sigma_grid,
+    slope_coefficients,
 )
+from sdrt.plan.spacing import respaced_sigmas
+from sdrt.schedule import Floats, NoiseSchedule, read_choice, rounded_to_float32
 
 FIELDS: Mapping[str, JsonValue] = {
+    **GRID_FIELDS,
     "final_sigmas_type": "zero",
     "interpolation_type": "linear",
     "rescale_betas_zero_snr": False,
-    "sigma_max": None,
-    "sigma_min": None,
-    "steps_offset": 0,
-    "timestep_spacing": "linspace",
     "timestep_type": "discrete",
-    "use_beta_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_karras_sigmas": False,
 }
 
 
 def euler_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: AskedSteps) -> SamplingPlan:
     """One row a step: x' = x + (σ' - σ)·(x - x₀) / σ, the network seeing x / √(σ² + 1).
 
-    Timesteps are fractional. The first x has the largest sigma of the grid as its scale, √(σ² + 1) with "leading".
-    RequestError for other interpolations and timestep types than linear and discrete.
+    Timesteps are fractional, and log(σ) / 4 with the `timestep_type` "continuous" where the network predicts v.
+    The first x has the largest sigma of the grid as its scale, √(σ² + 1) with "leading".
     """
-    _refuse_unsupported(config, schedule)
     refuse_noise(asked)
-    refuse_own_grid(asked, "timesteps", "sigmas")
-    timesteps, sigmas = _grid(config, schedule, asked.num_inference_steps)
-    largest = float(sigmas.max())
-    timesteps, sigmas = timesteps[asked.first :], sigmas[asked.first :]
-    following = np.append(sigmas[1:], final_sigma(config, schedule))
-    input_scales = 1 / np.sqrt(sigmas**2 + 1)
-    # The network's x is a unit-variance one: alpha = 1 / √(σ² + 1), and sigma times that.
-    x0_sample, x0_output = denoised_coefficients(schedule.prediction_type, input_scales, sigmas * input_scales)
-    kept = following / sigmas
-    transitions = np.zeros((len(sigmas), 1, 3))
-    transitions[:, 0, 0] = kept + (1 - kept) * x0_sample * input_scales
-    transitions[:, 0, 1] = (1 - kept) * x0_output
+    continuous = read_choice(config, "timestep_type", ("discrete", "continuous")) == "continuous"
+    continuous = continuous and schedule.prediction_type == "v_prediction"
+    if continuous:
+        refuse_own_grid(asked, "timesteps")
+    if read_choice(config, "interpolation_type", ("linear", "log_linear")) == "log_linear" and asked.sigmas is None:
+        grid = _log_linear_grid(config, schedule, asked)
+    else:
+        grid = sigma_grid(config, schedule, asked, final=final_sigma(config, schedule))
+    sigmas = grid.sigmas[:-1]
+    slope_sample, slope_output = slope_coefficients(schedule.prediction_type, sigmas)
+    step = np.diff(grid.sigmas)
+    transitions = np.zeros((len(step), 1, 3))
+    transitions[:, 0, 0] = 1 + step * slope_sample
+    transitions[:, 0, 1] = step * slope_output
     return SamplingPlan(
-        timesteps=timesteps,
-        input_scales=input_scales,
+        timesteps=rounded_to_float32(np.log(sigmas) / 4) if continuous else grid.timesteps,
+        input_scales=network_scales(sigmas),
         transitions=transitions,
-        initial_scale=float(np.hypot(largest, 1)) if read_spacing(config) == "leading" else largest,
-        noised=(1.0, float(sigmas[0])),
+        initial_scale=grid.initial_scale,
+        noised=grid.noised,
     )
 
 
-def final_sigma(config: Mapping[str, JsonValue], schedule: NoiseSchedule) -> float:
-    """The sigma after the last step, as `final_sigmas_type` says."""
-    kind = read_choice(config, "final_sigmas_type", ("zero", "sigma_min"))
-    return 0.0 if kind == "zero" else float(schedule.sigmas[0])
-
-
-def _grid(config: Mapping[str, JsonValue], schedule: NoiseSchedule, num_inference_steps: int) -> tuple[Floats, Floats]:
-    """Timesteps and sigmas: float64 [n] each, rounded to float32."""
-    timesteps = spaced_timesteps(
-        read_spacing(config),
-        num_train_timesteps=len(schedule),
-        num_inference_steps=num_inference_steps,
-        steps_offset=read_integer(config, "steps_offset", minimum=0, maximum=len(schedule)),
-    )
-    timesteps = rounded_to_float32(timesteps)
-    sigmas = schedule.sigmas_at(timesteps)
-    respaced = respaced_sigmas(config, sigmas)  # between the grid's ends, which move with spacing and step count
+def _log_linear_grid(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: AskedSteps) -> SigmaGrid:
+    """Sigmas whose logarithms are even over the whole table, ending on its smallest, whatever the timesteps are."""
+    timesteps: Floats = rounded_to_float32(asked_timesteps(config, schedule, asked))
+    logs = np.log(schedule.sigmas[[-1, 0]].astype(np.float32))
+    sigmas: Floats = np.exp(np.linspace(logs[0], logs[1], len(timesteps) + 1).astype(np.float32)).astype(np.float64)
+    # The spacing goes from the first to the last of as many sigmas as there are steps: both ends of the table.
+    ends = np.concatenate([sigmas[:1], sigmas[2:]]) if len(timesteps) > 1 else sigmas[:1]
+    respaced = respaced_sigmas(config, ends)
     if respaced is not None:
-        sigmas = respaced
-        timesteps = rounded_to_float32(schedule.timesteps_at(sigmas))
-    return timesteps, rounded_to_float32(sigmas)
-
-
-def _refuse_unsupported(config: Mapping[str, JsonValue], schedule: NoiseSchedule) -> None:
-    if config["interpolation_type"] != "linear":
-        raise unsupported_field("interpolation_type", config["interpolation_type"])
-    # Continuous timesteps change what the network sees only where it predicts v.
-    if config["timestep_type"] != "discrete" and schedule.prediction_type == "v_prediction":
-        raise unsupported_field("timestep_type", config["timestep_type"])
+        timesteps = rounded_to_float32(schedule.timesteps_at(respaced))
+        sigmas = np.append(rounded_to_float32(respaced), final_sigma(config, schedule))
+    return cut_grid(config, asked, timesteps, sigmas)

@@ -1,14 +1,16 @@
-"""PNDM without Runge-Kutta steps, also called PLMS (Liu et al. 2022), as plan rows.
+"""PNDM (Liu et al. 2022), with Runge-Kutta steps first or without them (PLMS), as plan rows.
 
-State slots: the latents, the latents before the first step (which the second row steps from again), and the three
-last model outputs, newest first.
+State slots without them: the latents, the latents before the first step (which the second row steps from again), and
+the three last model outputs, newest first. With them: also the weighted sum of a Runge-Kutta step's outputs.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from sdrt.bundle import JsonValue
+from sdrt.errors import RequestError
 from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
 from sdrt.plan.ddim import alphas_cumprod_or_final, integer_timesteps, noised_at
 from sdrt.plan.rows import SamplingPlan
@@ -21,8 +23,9 @@ FIELDS: Mapping[str, JsonValue] = {
     "timestep_spacing": "leading",
 }
 
+_LATENTS, _RESTORED, _NEWEST_OUTPUT, _OLDEST_OUTPUT = 0, 1, 2, 4
 _SLOTS = 5
-_LATENTS, _RESTORED, _NEWEST_OUTPUT = 0, 1, 2
+_SUM, _SLOTS_WITH_RUNGE_KUTTA = 5, 6
 # Adams-Bashforth: weights of the model output and of the outputs before it, newest first (eq. 12; lower orders first).
 _ADAMS_BASHFORTH = (
     np.array([1.0, 0.0, 0.0, 0.0]),
@@ -31,30 +34,41 @@ _ADAMS_BASHFORTH = (
     np.array([55.0, -59.0, 37.0, -9.0]) / 24,
 )
 _AVERAGE = np.array([0.5, 0.5, 0.0, 0.0])
+# Runge-Kutta (eq. 13): four evaluations a step, of which the sum makes the step.
+_STAGES = 4
+_RUNGE_KUTTA = np.array([1.0, 2.0, 2.0, 1.0]) / 6
+_RUNGE_KUTTA_STEPS = 3  # as many as give the four outputs of the multistep rule its first three
+_RUNGE_KUTTA_ROWS = _STAGES * _RUNGE_KUTTA_STEPS
+
+_Indices = npt.NDArray[np.int64]
 
 
 def pndm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: AskedSteps) -> SamplingPlan:
     """n + 1 rows for n ≥ 2 steps (1 for 1): the first step is made twice, as a predictor and with its correction.
 
-    RequestError unless `skip_prk_steps`, and for prediction_type "sample", which the family does not define.
+    Without `skip_prk_steps` n + 9 for n ≥ 4: three Runge-Kutta steps of four rows, a fourth of one row, and so on.
+    RequestError for fewer steps of those, and for prediction_type "sample", which the family does not define.
     """
-    if not read_flag(config, "skip_prk_steps"):
-        raise unsupported_field("skip_prk_steps", config["skip_prk_steps"])
     if schedule.prediction_type == "sample":
         raise unsupported_field("prediction_type", "sample")
     refuse_noise(asked)
     refuse_own_grid(asked, "timesteps", "sigmas")
     grid = integer_timesteps(config, schedule, asked.num_inference_steps)
-    evaluated = np.concatenate([grid[:2], grid[1:]])
-    evaluated = evaluated[asked.first :]
     stride = len(schedule) // asked.num_inference_steps
-    start, end = evaluated.copy(), evaluated - stride
-    if len(evaluated) > 1:
-        start[1], end[1] = evaluated[1] + stride, evaluated[1]
+    skipped = read_flag(config, "skip_prk_steps")
+    if skipped:
+        evaluated = np.concatenate([grid[:2], grid[1:]])[asked.first :]
+        start, end = _multistep_ends(evaluated, stride)
+    else:
+        evaluated, start, end = _runge_kutta_grid(grid, stride, asked.first)
     sample, output = _transfer(schedule, schedule.alphas_cumprod[start], alphas_cumprod_or_final(config, schedule, end))
-    transitions = np.zeros((len(evaluated), _SLOTS, _SLOTS + 2))
+    slots = _SLOTS if skipped else _SLOTS_WITH_RUNGE_KUTTA
+    transitions = np.zeros((len(evaluated), slots, slots + 2))
     for row, transition in enumerate(transitions):
-        _fill(transition, row, sample[row], output[row])
+        if not skipped and row < _RUNGE_KUTTA_ROWS:
+            _fill_runge_kutta(transition, row % _STAGES, sample[row], output[row])
+        else:
+            _fill_multistep(transition, row, sample[row], output[row])
     return SamplingPlan(
         timesteps=evaluated.astype(np.float64),
         input_scales=np.ones(len(evaluated)),
@@ -62,6 +76,36 @@ def pndm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: A
         initial_scale=1.0,
         noised=noised_at(schedule, evaluated[0]),
     )
+
+
+def _multistep_ends(evaluated: _Indices, stride: int) -> tuple[_Indices, _Indices]:
+    """(from, to) of each row's transfer; the second row makes the first one's again."""
+    start, end = evaluated.copy(), evaluated - stride
+    if len(evaluated) > 1:
+        start[1], end[1] = evaluated[1] + stride, evaluated[1]
+    return start, end
+
+
+def _runge_kutta_grid(grid: _Indices, stride: int, first: int) -> tuple[_Indices, _Indices, _Indices]:
+    """(evaluated, from, to) of each row: twelve Runge-Kutta rows, then multistep ones.
+
+    What a row does is counted from `first`, while the timesteps that Runge-Kutta steps begin at are the grid's own.
+    """
+    if len(grid) <= _RUNGE_KUTTA_STEPS:
+        raise RequestError(
+            f"num_inference_steps is {len(grid)}, but skip_prk_steps is off and Runge-Kutta steps need 4",
+            hint="ask for 4 steps or more, or use another scheduler",
+        )
+    half = stride // 2
+    begun = grid[:_RUNGE_KUTTA_STEPS]
+    reached = grid[1 : _RUNGE_KUTTA_STEPS + 1]
+    steps = np.stack([begun, reached + half, reached + half, reached], axis=1)
+    evaluated = np.concatenate([steps.reshape(-1), grid[_RUNGE_KUTTA_STEPS:]])[first:]
+    start, end = evaluated.copy(), evaluated - stride
+    rows = np.arange(min(_RUNGE_KUTTA_ROWS, len(evaluated)))
+    start[rows] = begun[rows // _STAGES]
+    end[rows] = evaluated[rows] - np.where(rows % 2 == 0, half, 0)
+    return evaluated, start, end
 
 
 def _transfer(
@@ -78,19 +122,44 @@ def _transfer(
     return scale, noise
 
 
-def _fill(transition: Floats, row: int, sample: float, output: float) -> None:
+def _fill_multistep(transition: Floats, row: int, sample: float, output: float) -> None:
     """Write one row's matrix: the latents' line, then what is kept for later rows."""
-    model_output = _SLOTS
+    model_output = len(transition)
     correcting = row == 1
     weights = _AVERAGE if correcting else _ADAMS_BASHFORTH[min(max(row - 1, 0), 3)]
     transition[_LATENTS, _RESTORED if correcting else _LATENTS] = sample
     transition[_LATENTS, model_output] = output * weights[0]
-    transition[_LATENTS, _NEWEST_OUTPUT:model_output] = output * weights[1:]
+    transition[_LATENTS, _NEWEST_OUTPUT : _OLDEST_OUTPUT + 1] = output * weights[1:]
     if row == 0:
         transition[_RESTORED, _LATENTS] = 1
     if correcting:
         transition[_NEWEST_OUTPUT, _NEWEST_OUTPUT] = 1  # this output corrects the step and is not remembered
         return
-    transition[_NEWEST_OUTPUT, model_output] = 1
-    for older in range(_NEWEST_OUTPUT + 1, _SLOTS):
+    _remember_output(transition)
+
+
+def _fill_runge_kutta(transition: Floats, stage: int, sample: float, output: float) -> None:
+    """Write the matrix of one of a Runge-Kutta step's four rows, each of which steps from the step's own latents."""
+    model_output = len(transition)
+    begins, ends = stage == 0, stage == _STAGES - 1
+    from_slot = _LATENTS if begins else _RESTORED
+    transition[_LATENTS, from_slot] = sample
+    transition[_LATENTS, model_output] = output * (_RUNGE_KUTTA[stage] if ends else 1)
+    if ends:
+        transition[_LATENTS, _SUM] = output
+    else:
+        transition[_RESTORED, from_slot] = 1
+        transition[_SUM, _SUM] = 0 if begins else 1
+        transition[_SUM, model_output] = _RUNGE_KUTTA[stage]
+    if begins:
+        _remember_output(transition)
+    else:
+        kept = range(_NEWEST_OUTPUT, _OLDEST_OUTPUT + 1)
+        transition[kept, kept] = 1
+
+
+def _remember_output(transition: Floats) -> None:
+    """The model output becomes the newest of those kept, and the oldest is forgotten."""
+    transition[_NEWEST_OUTPUT, len(transition)] = 1
+    for older in range(_NEWEST_OUTPUT + 1, _OLDEST_OUTPUT + 1):
         transition[older, older - 1] = 1

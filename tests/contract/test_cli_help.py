@@ -1,5 +1,6 @@
 """The command line's promises: its commands, their common options, fast help, and what the README shows of it."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ from sdrt.plan import SCHEDULERS
 
 ROOT = Path(__file__).parents[2]
 SDRT = str(Path(sys.executable).with_name("sdrt"))
-COMMANDS = ("build", "run", "bench", "inspect", "verify", "encode", "decode", "demo", "doctor")
+COMMANDS = ("build", "run", "bench", "inspect", "verify", "encode", "decode", "demo", "doctor", "schedulers")
 ALIASES = {
     "run": ("--steps", "--num-inference-steps", "--guidance-scale", "--cfg-scale", "--size", "--width", "--height"),
     "build": ("--backend", "--precision", "--sizes", "--batch", "--threads", "--jobs", "--force", "--out"),
@@ -47,9 +48,15 @@ def test_every_command_takes_json_and_explains_each_option(command, capsys):
     assert all(name in text for name in ALIASES.get(command, ()))
 
 
-def test_the_help_of_run_names_every_scheduler(capsys):
-    text = help_of(capsys, "run")
-    assert [name for name in SCHEDULERS if not re.search(rf"\b{name}\b", text)] == []
+def test_every_scheduler_is_listed(capsys):
+    assert run_command(["schedulers"]) == 0
+    shown = capsys.readouterr().out
+    assert run_command(["schedulers", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert tuple(listed["names"]) == SCHEDULERS
+    for each in listed["schedulers"]:
+        assert re.search(rf"^  {each['name']} +{each['class']}\b", shown, re.MULTILINE)
+        assert {each["name"], *(f"{each['name']}_{spacing}" for spacing in each["spacings"])} <= set(SCHEDULERS)
 
 
 def test_help_loads_nothing_heavy():

@@ -88,10 +88,12 @@ def run_reference(
     dtype: torch.dtype = torch.float64,
     first: int = 0,
     grid: Mapping[str, object] | None = None,
+    feedback: float = 0.0,
 ) -> Reference:
     """Step through, in float64 where asked: tables and sigmas as they are, everything after them in `dtype`.
 
     first: the step to begin with, as img2img does. grid: timesteps or sigmas of one's own, in the place of `steps`.
+    feedback: how much of what the network sees is in its output, beside the random numbers.
     Noise that the scheduler draws itself is the row's own of `draws`, as often as it asks.
     """
     scheduler.set_timesteps(**({"num_inference_steps": steps} if grid is None else grid))
@@ -120,7 +122,8 @@ def run_reference(
             patch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", draw, raising=False)
             scales.append(float(scheduler.scale_model_input(torch.ones(1, dtype=dtype), timestep)))
             options = {"eta": eta, "variance_noise": noise[2 + 2 * row]} if handed_over else {}
-            sample = scheduler.step(noise[1 + 2 * row], timestep, sample, **options).prev_sample
+            output = noise[1 + 2 * row] + feedback * scales[-1] * sample
+            sample = scheduler.step(output, timestep, sample, **options).prev_sample
             states.append(sample.numpy().astype(np.float64))
     return Reference(
         timesteps=timesteps.numpy().astype(np.float64),
@@ -131,13 +134,14 @@ def run_reference(
     )
 
 
-def run_plan(plan) -> list[np.ndarray]:
+def run_plan(plan, feedback: float = 0.0) -> list[np.ndarray]:
     noise = draws(len(plan))
     state = np.zeros((plan.slots, *SHAPE))
     state[0] = noise[0] * plan.initial_scale
     states = []
     for row in range(len(plan)):
-        operands = np.concatenate([state, noise[1 + 2 * row : 3 + 2 * row]])
+        output = noise[1 + 2 * row] + feedback * plan.input_scales[row] * state[0]
+        operands = np.concatenate([state, output[None], noise[2 + 2 * row][None]])
         state = np.tensordot(plan.transitions[row], operands, 1)
         states.append(state[0])
     return states
