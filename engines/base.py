@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sdrt.bundle import BackendName, JsonValue, Precision, ShapeProfile
+from sdrt.plan.clamping import Thresholding
 from sdrt.progress import Progress, silent
 
 ENGINES_FOLDER = "engines"
@@ -18,6 +19,7 @@ class ComponentSource:
     onnx_path: the graph; its external data lies in the same folder. profile: which sizes and batches it must accept.
     max_lanes: most network evaluations of one step. vae_downsample: pixels per latent on one side.
     default_height, default_width: the model's own size, in pixels.
+    thresholding: how the step graph cuts estimates of x₀ that are too large, where the scheduler asks for that.
     composed: the graph is what the engine is built of; else the step graph is still to be composed around the network.
     """
 
@@ -31,6 +33,7 @@ class ComponentSource:
     vae_downsample: int
     default_height: int
     default_width: int
+    thresholding: Thresholding | None = None
     composed: bool = False
 
 

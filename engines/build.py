@@ -32,6 +32,7 @@ from sdrt.engines.profile import parse_profile
 from sdrt.engines.reference import golden_inputs
 from sdrt.errors import Cancelled
 from sdrt.files import check_replaceable, check_writable, staged_directory
+from sdrt.plan.clamping import read_thresholding
 from sdrt.plan.rows import MAX_STATE_SLOTS
 from sdrt.progress import Progress
 from sdrt.runners.base import LANES_PER_IMAGE, VAE_DECODER, VAE_DECODER_FLOAT32
@@ -151,6 +152,7 @@ def component_source(name: str, folder: OnnxFolder, profile: ShapeProfile) -> Co
         vae_downsample=folder.model.vae_downsample,
         default_height=folder.model.default_height,
         default_width=folder.model.default_width,
+        thresholding=read_thresholding(folder.model.scheduler_config),
     )
 
 

@@ -12,7 +12,7 @@ from sdrt.bundle import ComponentRecord, FileRecord, JsonValue, ParityRecord, Pr
 from sdrt.cache import Store, cache_key
 from sdrt.engines.base import ENGINES_FOLDER, ComponentSource, EngineBuilder
 from sdrt.engines.onnx_files import external_files, lend_file, load_graph
-from sdrt.engines.step_graph import COMPOSER_VERSION, compose_step_graph
+from sdrt.engines.step_graph import compose_step_graph, composer_key
 from sdrt.errors import BuildError
 from sdrt.progress import Progress, silent
 from sdrt.runners.base import STEP
@@ -77,7 +77,7 @@ def _component_key(
         precision=precision,
         features=list(builder.features(precision)),
         builders_version=_BUILDERS_VERSION,
-        composer_version=0 if source.composed or source.name != STEP else COMPOSER_VERSION,
+        composer=[] if source.composed or source.name != STEP else composer_key(source.thresholding),
         onnx_version=onnx.__version__,
         component=source.name,
         settings=builder.settings(source),
@@ -128,7 +128,7 @@ def place_composed(source: ComponentSource, work: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         lend_file(file, target)
     path = work / source.onnx_path.name
-    onnx.save(compose_step_graph(model, source.state_slots), path)
+    onnx.save(compose_step_graph(model, source.state_slots, source.thresholding), path)
     return path
 
 

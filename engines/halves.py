@@ -22,7 +22,7 @@ from sdrt.engines.memory import check_memory
 from sdrt.engines.onnx_files import MODEL_NAME, external_files, load_graph
 from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder
 from sdrt.engines.seal import step_feeds
-from sdrt.engines.step_graph import COMPOSER_VERSION, TIMESTEP
+from sdrt.engines.step_graph import TIMESTEP, composer_key
 from sdrt.errors import BuildError
 from sdrt.runners.base import STEP, Array
 
@@ -75,7 +75,7 @@ def make_mixed_graph(
     key = cache_key(
         stage="half",
         converter_version=CONVERTER_VERSION,
-        composer_version=COMPOSER_VERSION if source.name == STEP else 0,
+        composer=composer_key(source.thresholding) if source.name == STEP else [],
         onnx_version=onnx.__version__,
         component=source.name,
         state_slots=source.state_slots,

@@ -130,7 +130,10 @@ def _dimensions(source: ComponentSource) -> Mapping[str, tuple[int | None, ...]]
             "timestep": (None,),
             "prompt_embeds": (None, None, source.prompt_embeds_dim),
             "guidance": (None, None),
-            "transition": (None, slots, slots + 2),
+            "rescale_lanes": (None, None),
+            "guidance_rescale": (None,),
+            "clamp": (None, 3),
+            "transition": (None, slots, slots + 3),
             "noise": (None, channels, None, None),
         },
     }

@@ -114,7 +114,7 @@ def step_feeds(inputs: Mapping[str, Array], slots: int) -> dict[str, Array]:
     count = len(sample)
     state = np.zeros((count, slots, *sample.shape[1:]), np.float32)
     state[:, 0] = sample
-    transition = np.zeros((count, slots, slots + 2), np.float32)
+    transition = np.zeros((count, slots, slots + 3), np.float32)
     transition[:, 0, slots] = 1
     return {
         "state": state,
@@ -123,6 +123,9 @@ def step_feeds(inputs: Mapping[str, Array], slots: int) -> dict[str, Array]:
         "timestep": np.asarray(inputs[TIMESTEP], np.float32).reshape(-1),
         "prompt_embeds": np.asarray(inputs[PROMPT_EMBEDS], np.float32),
         "guidance": np.eye(count, dtype=np.float32),
+        "rescale_lanes": np.zeros((count, count), np.float32),
+        "guidance_rescale": np.zeros(count, np.float32),
+        "clamp": np.zeros((count, 3), np.float32),
         "transition": transition,
         "noise": np.zeros_like(sample),
     }

@@ -8,9 +8,11 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from sdrt.bundle import JsonValue
 from sdrt.errors import BuildError
+from sdrt.plan.clamping import Thresholding
 
-COMPOSER_VERSION = 1  # part of every cache key: raise it with any change to the composed graph
+COMPOSER_VERSION = 2  # part of every cache key: raise it with any change to the composed graph
 PREFIX = "sdrt."
 SAMPLE, TIMESTEP, PROMPT_EMBEDS = "sample", "timestep", "encoder_hidden_states"
 STEP_INPUTS = (
@@ -20,6 +22,9 @@ STEP_INPUTS = (
     "timestep",
     "prompt_embeds",
     "guidance",
+    "rescale_lanes",
+    "guidance_rescale",
+    "clamp",
     "transition",
     "noise",
 )
@@ -28,6 +33,7 @@ _UNET_INPUTS = (SAMPLE, TIMESTEP, PROMPT_EMBEDS)
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _INTEGERS = (TensorProto.INT64, TensorProto.INT32)
 _FIRST_OPSET = 13  # from here on Unsqueeze and ReduceSum take their axes as inputs
+_AXES_ARE_INPUTS = 18  # and from here on ReduceMean
 _REEXPORT = "export the checkpoint with sdrt, or a text-to-image UNet in the layout of Hugging Face Optimum"
 
 Dimension = int | str
@@ -44,16 +50,18 @@ class UnetBorder:
     output_type: int
     channels: Dimension
     prompt_embeds_dim: Dimension
+    opset: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Composer:
     """Collects the nodes and constants that are put around the UNet, under names of their own."""
 
+    opset: int
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, TensorProto] = field(default_factory=dict)
 
-    def add(self, operator: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
+    def add(self, operator: str, inputs: Sequence[str], output: str, **attributes: int | Sequence[int]) -> str:
         """Append a node; returns the name of its only output."""
         name = f"{PREFIX}{output.removeprefix(PREFIX)}.{operator}"
         node = helper.make_node(operator, inputs, [output], name=name)
@@ -78,6 +86,13 @@ class _Composer:
             "ReduceSum", [tensor, self.constant(f"axes_{axis}", np.array([axis], np.int64))], output, keepdims=0
         )
 
+    def mean(self, tensor: str, output: str, *axes: int) -> str:
+        """`tensor` averaged over `axes`, which stay with size 1."""
+        if self.opset < _AXES_ARE_INPUTS:
+            return self.add("ReduceMean", [tensor], output, axes=axes)
+        name = "axes_" + "_".join(str(axis) for axis in axes)
+        return self.add("ReduceMean", [tensor, self.constant(name, np.array(axes, np.int64))], output)
+
     def cast(self, tensor: str, element_type: int, output: str) -> str:
         """Float32 `tensor` in another element type; integers are rounded to the nearest."""
         if element_type == TensorProto.FLOAT:
@@ -87,22 +102,25 @@ class _Composer:
         return self.add("Cast", [tensor], output, to=element_type)
 
 
-def compose_step_graph(unet: onnx.ModelProto, slots: int) -> onnx.ModelProto:
+def compose_step_graph(unet: onnx.ModelProto, slots: int, thresholding: Thresholding | None = None) -> onnx.ModelProto:
     """One denoising step for R requests as M lanes, around `unet`.
 
     inputs: state float32 [R, n, C, h, w], input_scale float32 [R], lane_request int64 [M], timestep float32 [M],
-    prompt_embeds float32 [M, L, d], guidance float32 [R, M], transition float32 [R, n, n + 2],
-    noise float32 [R, C, h, w]; output: next_state float32 [R, n, C, h, w], with n = `slots`.
+    prompt_embeds float32 [M, L, d], guidance and rescale_lanes float32 [R, M], guidance_rescale float32 [R],
+    clamp float32 [R, 3], transition float32 [R, n, n + 3], noise float32 [R, C, h, w];
+    output: next_state float32 [R, n, C, h, w], with n = `slots`.
+    thresholding: what is clamped is clamped so, not at the limit that `clamp` has.
 
     `unet` has the inputs sample [M, C, h, w], timestep [M] (of any number type) and encoder_hidden_states [M, L, d].
     Its weights need not be loaded, keep their names, and it is not changed itself.
     BuildError: missing or extra inputs, a shape or an element type that cannot be served.
     """
     border = read_unet_border(unet)
-    before, after = _Composer(), _Composer()
+    before, after = _Composer(opset=border.opset), _Composer(opset=border.opset)
     feeds = _feed_lanes(before, border)
     model_output = _guide(after, border)
-    _transition(after, model_output)
+    excess = _clamp(after, model_output, thresholding)
+    _transition(after, model_output, excess)
 
     model = onnx.ModelProto()
     model.CopyFrom(unet)
@@ -121,12 +139,17 @@ def compose_step_graph(unet: onnx.ModelProto, slots: int) -> onnx.ModelProto:
     return model
 
 
+def composer_key(thresholding: Thresholding | None) -> list[JsonValue]:
+    """What decides how a step graph is composed, but for its UNet and its slots, for a cache key."""
+    return [COMPOSER_VERSION, *([] if thresholding is None else [thresholding.ratio, thresholding.maximum])]
+
+
 def read_unet_border(unet: onnx.ModelProto) -> UnetBorder:
     """The UNet's inputs and output, checked. BuildError says what does not fit, with names and shapes."""
     weights = {initializer.name for initializer in unet.graph.initializer}
     inputs = {value.name: value.type.tensor_type for value in unet.graph.input if value.name not in weights}
     _check_names(inputs, [value.name for value in unet.graph.output])
-    _check_opset(unet)
+    opset = _read_opset(unet)
     shapes = {name: _shape(inputs[name]) for name in _UNET_INPUTS}
     for name, rank in ((SAMPLE, 4), (PROMPT_EMBEDS, 3)):
         if len(shapes[name]) != rank:
@@ -149,6 +172,7 @@ def read_unet_border(unet: onnx.ModelProto) -> UnetBorder:
         output_type=output.type.tensor_type.elem_type,
         channels=_fixed(shapes[SAMPLE][1], "channels"),
         prompt_embeds_dim=_fixed(shapes[PROMPT_EMBEDS][2], "features"),
+        opset=opset,
     )
 
 
@@ -165,10 +189,11 @@ def _check_names(inputs: Mapping[str, onnx.TypeProto.Tensor], outputs: Sequence[
         raise BuildError(f"the UNet has {len(outputs)} outputs: {', '.join(outputs)}", hint=_REEXPORT)
 
 
-def _check_opset(unet: onnx.ModelProto) -> None:
+def _read_opset(unet: onnx.ModelProto) -> int:
     opset = next((entry.version for entry in unet.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if opset < _FIRST_OPSET:
         raise BuildError(f"the UNet is of ONNX opset {opset}", hint=f"export it with opset {_FIRST_OPSET} or later")
+    return opset
 
 
 def _check_type(name: str, element_type: int, allowed: Sequence[int]) -> None:
@@ -193,28 +218,132 @@ def _feed_lanes(composer: _Composer, border: UnetBorder) -> dict[str, str]:
 
 
 def _guide(composer: _Composer, border: UnetBorder) -> str:
-    """model_output [R, C, h, w] = guidance · lanes, element by element.
+    """model_output [R, C, h, w] = guidance · lanes, brought nearer to the deviation of rescale_lanes · lanes.
 
-    Not a MatMul: a backend may run that in low precision. And where the weight is 0 the product is replaced by 0,
-    because 0 · NaN is NaN: what happens in a lane must not reach another request.
+    Lin et al. 2024 (arXiv:2305.08891), eq. 15 and 16, with guidance_rescale for φ; exactly the former where that is 0.
     """
     output = _OUTPUT
     if border.output_type != TensorProto.FLOAT:
         output = composer.add("Cast", [output], f"{PREFIX}out_sample.float", to=TensorProto.FLOAT)
     lanes = composer.unsqueeze(output, f"{PREFIX}lane_outputs", 0)
-    weights = composer.unsqueeze("guidance", f"{PREFIX}guidance", 2, 3, 4)
+    guided, aim = (_combine(composer, lanes, weights) for weights in ("guidance", "rescale_lanes"))
+    ratio = composer.add(
+        "Div", [_deviation(composer, aim, "aim"), _deviation(composer, guided, "guided")], f"{PREFIX}deviations"
+    )
+    column = composer.constant("column", np.array([-1, 1, 1, 1], np.int64))
+    share = composer.add("Reshape", ["guidance_rescale", column], f"{PREFIX}share")
+    one, zero = (composer.constant(name, np.array(value, np.float32)) for name, value in (("one", 1), ("zero", 0)))
+    taken = composer.add("Mul", [share, ratio], f"{PREFIX}taken")
+    left = composer.add("Sub", [one, share], f"{PREFIX}left")
+    factor = composer.add("Add", [taken, left], f"{PREFIX}factor")
+    none = composer.add("Equal", [share, zero], f"{PREFIX}none")
+    factor = composer.add("Where", [none, one, factor], f"{PREFIX}rescale")
+    return composer.add("Mul", [guided, factor], f"{PREFIX}model_output")
+
+
+def _combine(composer: _Composer, lanes: str, weights: str) -> str:
+    """weights [R, M] · lanes [1, M, C, h, w], element by element: [R, C, h, w].
+
+    Not a MatMul: a backend may run that in low precision. And where the weight is 0 the product is replaced by 0,
+    because 0 · NaN is NaN: what happens in a lane must not reach another request.
+    """
+    name = f"{PREFIX}{weights}"
+    wide = composer.unsqueeze(weights, name, 2, 3, 4)
     zero = composer.constant("zero", np.array(0, np.float32))
-    unused = composer.add("Equal", [weights, zero], f"{PREFIX}unused")
-    weighted = composer.add("Mul", [weights, lanes], f"{PREFIX}weighted")
-    chosen = composer.add("Where", [unused, zero, weighted], f"{PREFIX}chosen")
-    return composer.sum(chosen, f"{PREFIX}model_output", 1)
+    unused = composer.add("Equal", [wide, zero], f"{name}.unused")
+    weighted = composer.add("Mul", [wide, lanes], f"{name}.weighted")
+    chosen = composer.add("Where", [unused, zero, weighted], f"{name}.chosen")
+    return composer.sum(chosen, f"{name}.sum", 1)
 
 
-def _transition(composer: _Composer, model_output: str) -> None:
-    """next_state [R, n, C, h, w] = transition · [state; model_output; noise], element by element."""
-    output = composer.unsqueeze(model_output, f"{PREFIX}output_slot", 1)
-    noise = composer.unsqueeze("noise", f"{PREFIX}noise_slot", 1)
-    stack = composer.add("Concat", ["state", output, noise], f"{PREFIX}stack", axis=1)
+def _deviation(composer: _Composer, tensor: str, name: str) -> str:
+    """The standard deviation of each request's values: [R, C, h, w] to [R, 1, 1, 1]."""
+    name = f"{PREFIX}{name}"
+    centre = composer.mean(tensor, f"{name}.mean", 1, 2, 3)
+    apart = composer.add("Sub", [tensor, centre], f"{name}.apart")
+    squares = composer.add("Mul", [apart, apart], f"{name}.squares")
+    return composer.add("Sqrt", [composer.mean(squares, f"{name}.variance", 1, 2, 3)], f"{name}.deviation")
+
+
+def _clamp(composer: _Composer, model_output: str, thresholding: Thresholding | None) -> str:
+    """By how much clamping changes x₀: [R, C, h, w], zero where nothing is beyond the limit.
+
+    clamp [R, 3] holds (a, b, limit): x₀ = a · latents + b · model_output is clamped to ± limit.
+    """
+    columns = [composer.constant(f"clamp_{index}", np.array([index], np.int64)) for index in range(3)]
+    shape = composer.constant("column", np.array([-1, 1, 1, 1], np.int64))
+    on_latents, on_output, limit = (
+        composer.add(
+            "Reshape",
+            [composer.add("Gather", ["clamp", column], f"{PREFIX}clamp.{name}", axis=1), shape],
+            f"{PREFIX}clamp.{name}.wide",
+        )
+        for name, column in zip(("on_latents", "on_output", "limit"), columns, strict=True)
+    )
+    latents = composer.add("Mul", [on_latents, f"{PREFIX}latents"], f"{PREFIX}x0.latents")
+    output = composer.add("Mul", [on_output, model_output], f"{PREFIX}x0.output")
+    x0 = composer.add("Add", [latents, output], f"{PREFIX}x0")
+    if thresholding is None:
+        return composer.add("Sub", [_within(composer, x0, limit), x0], f"{PREFIX}excess")
+    largest = _threshold(composer, x0, thresholding)
+    scaled = composer.add("Div", [_within(composer, x0, largest), largest], f"{PREFIX}x0.thresholded")
+    change = composer.add("Sub", [scaled, x0], f"{PREFIX}x0.change")
+    zero = composer.constant("zero", np.array(0, np.float32))
+    asked = composer.add("Greater", [limit, zero], f"{PREFIX}clamp.asked")
+    return composer.add("Where", [asked, change, zero], f"{PREFIX}excess")
+
+
+def _within(composer: _Composer, tensor: str, limit: str) -> str:
+    low = composer.add("Neg", [limit], f"{limit}.low")
+    return composer.add("Min", [composer.add("Max", [tensor, low], f"{tensor}.above"), limit], f"{tensor}.clamped")
+
+
+def _threshold(composer: _Composer, x0: str, thresholding: Thresholding) -> str:
+    """Each request's quantile of |x₀|, at least 1 and at most the maximum: [R, 1, 1, 1].
+
+    Between the two values around it by their distances, as torch.quantile; they are the smallest of the largest.
+    """
+    flat = composer.add("Abs", [x0], f"{PREFIX}sizes.each")
+    flat = composer.add("Reshape", [flat, composer.constant("rows", np.array([0, -1], np.int64))], f"{PREFIX}sizes")
+    zero, one = (composer.constant(f"index_{index}", np.array([index], np.int64)) for index in (0, 1))
+    count = composer.add("Gather", [composer.add("Shape", [flat], f"{PREFIX}sizes.shape"), one], f"{PREFIX}sizes.n")
+    last = composer.add("Sub", [count, one], f"{PREFIX}sizes.last")
+    ratio = composer.constant("ratio", np.array([thresholding.ratio], np.float32))
+    as_float = composer.add("Cast", [last], f"{PREFIX}sizes.last.float", to=TensorProto.FLOAT)
+    position = composer.add("Mul", [as_float, ratio], f"{PREFIX}quantile.position")
+    floor = composer.add("Floor", [position], f"{PREFIX}quantile.floor")
+    share = composer.add("Sub", [position, floor], f"{PREFIX}quantile.share")
+    below = composer.add("Cast", [floor], f"{PREFIX}quantile.below", to=TensorProto.INT64)
+    kept = composer.add("Sub", [count, below], f"{PREFIX}quantile.kept")
+    largest, indices = f"{PREFIX}quantile.largest", f"{PREFIX}quantile.indices"
+    composer.nodes.append(helper.make_node("TopK", [flat, kept], [largest, indices], name=f"{largest}.TopK", axis=1))
+    lower_at = composer.add("Sub", [kept, one], f"{PREFIX}quantile.lower.at")
+    upper_at = composer.add(
+        "Max", [composer.add("Sub", [lower_at, one], f"{PREFIX}quantile.before"), zero], f"{PREFIX}quantile.upper.at"
+    )
+    lower, upper = (
+        composer.add("Gather", [largest, at], at.removesuffix(".at"), axis=1) for at in (lower_at, upper_at)
+    )
+    gap = composer.add("Sub", [upper, lower], f"{PREFIX}quantile.gap")
+    part = composer.add("Mul", [gap, share], f"{PREFIX}quantile.part")
+    quantile = composer.add("Add", [lower, part], f"{PREFIX}quantile")
+    bounds = [
+        composer.constant(name, np.array(value, np.float32))
+        for name, value in (("one", 1), ("most", thresholding.maximum))
+    ]
+    bounded = composer.add("Max", [quantile, bounds[0]], f"{PREFIX}quantile.least")
+    bounded = composer.add("Min", [bounded, bounds[1]], f"{PREFIX}quantile.bounded")
+    shape = composer.constant("column", np.array([-1, 1, 1, 1], np.int64))
+    return composer.add("Reshape", [bounded, shape], f"{PREFIX}threshold")
+
+
+def _transition(composer: _Composer, model_output: str, excess: str) -> None:
+    """next_state [R, n, C, h, w] = transition · [state; model_output; noise; excess], element by element."""
+    parts = [
+        composer.unsqueeze(tensor, f"{PREFIX}{name}_slot", 1)
+        for name, tensor in (("output", model_output), ("noise", "noise"), ("excess", excess))
+    ]
+    stack = composer.add("Concat", ["state", *parts], f"{PREFIX}stack", axis=1)
     columns = composer.unsqueeze(stack, f"{PREFIX}columns", 1)
     weights = composer.unsqueeze("transition", f"{PREFIX}transition", 3, 4, 5)
     terms = composer.add("Mul", [weights, columns], f"{PREFIX}terms")
@@ -230,7 +359,10 @@ def _inputs(border: UnetBorder, slots: int) -> list[onnx.ValueInfoProto]:
         _tensor("timestep", TensorProto.FLOAT, ("lanes",)),
         _tensor("prompt_embeds", TensorProto.FLOAT, ("lanes", "length", border.prompt_embeds_dim)),
         _tensor("guidance", TensorProto.FLOAT, ("requests", "lanes")),
-        _tensor("transition", TensorProto.FLOAT, ("requests", slots, slots + 2)),
+        _tensor("rescale_lanes", TensorProto.FLOAT, ("requests", "lanes")),
+        _tensor("guidance_rescale", TensorProto.FLOAT, ("requests",)),
+        _tensor("clamp", TensorProto.FLOAT, ("requests", 3)),
+        _tensor("transition", TensorProto.FLOAT, ("requests", slots, slots + 3)),
         _tensor("noise", TensorProto.FLOAT, ("requests", *latents)),
     ]
 

@@ -48,13 +48,16 @@ def lasting_inputs(trajectories: Sequence[Trajectory]) -> dict[str, Array]:
     """The step graph's inputs that are the same in every row, and the state as it is now."""
     lane_request = [index for index, item in enumerate(trajectories) for _ in item.lanes]
     lanes = [lane for item in trajectories for lane in item.lanes]
-    guidance = np.zeros((len(trajectories), len(lanes)), np.float32)
+    guidance, aims = np.zeros((2, len(trajectories), len(lanes)), np.float32)
     guidance[lane_request, range(len(lanes))] = [lane.weight for lane in lanes]
+    aims[lane_request, range(len(lanes))] = [lane.rescale_weight for lane in lanes]
     return {
         "state": np.stack([item.state for item in trajectories]),
         "lane_request": np.array(lane_request, np.int64),
         "prompt_embeds": np.stack([lane.prompt_embeds for lane in lanes]),
         "guidance": guidance,
+        "rescale_lanes": aims,
+        "guidance_rescale": np.array([item.guidance_rescale for item in trajectories], np.float32),
     }
 
 
@@ -66,6 +69,7 @@ def row_inputs(trajectories: Sequence[Trajectory], rows: int) -> dict[str, Array
     return {
         "input_scale": np.stack([plan.input_scales[span] for plan, span in spans], axis=1).astype(np.float32),
         "timestep": np.stack([plan.timesteps[span] for plan, span in per_lane], axis=1).astype(np.float32),
+        "clamp": np.stack([plan.clamps(span) for plan, span in spans], axis=1),
         "transition": np.stack([plan.padded_transitions(span, slots) for plan, span in spans], axis=1),
     }
 
@@ -83,10 +87,14 @@ def pad_inputs(
     padded |= {
         name: _appended(lasting[name], lasting[name][:1], more_lanes) for name in ("lane_request", "prompt_embeds")
     }
-    padded["guidance"] = np.pad(lasting["guidance"], ((0, more_requests), (0, more_lanes)))
+    padded |= {
+        name: np.pad(lasting[name], ((0, more_requests), (0, more_lanes))) for name in ("guidance", "rescale_lanes")
+    }
+    padded["guidance_rescale"] = _appended(lasting["guidance_rescale"], 0, more_requests)
     padded_rows = {
         "input_scale": _appended(rows["input_scale"], 1, more_requests, axis=1),
-        "transition": _appended(rows["transition"], np.eye(slots, slots + 2), more_requests, axis=1),
+        "clamp": _appended(rows["clamp"], 0, more_requests, axis=1),
+        "transition": _appended(rows["transition"], np.eye(slots, slots + 3), more_requests, axis=1),
         "timestep": _appended(rows["timestep"], rows["timestep"][:, :1], more_lanes, axis=1),
     }
     return padded, padded_rows

@@ -8,19 +8,31 @@ from sdrt.runners.base import FloatArray
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Lane:
-    """One evaluation of the UNet: its prompt_embeds float32 [L, d] and its weight in the model output."""
+    """One evaluation of the UNet: its prompt_embeds float32 [L, d] and its weight in the model output.
+
+    rescale_weight: its weight in the output whose deviation `guidance_rescale` aims at.
+    """
 
     prompt_embeds: FloatArray
     weight: float
+    rescale_weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Guidance:
-    """The lanes of a request's rows: `inside` an interval of rows, and `outside` of it."""
+    """The lanes of a request's rows: `inside` an interval of rows, and `outside` of it.
+
+    rescale: how far the output inside is brought to the deviation of the positive prompt's own, 0 to 1.
+    """
 
     inside: tuple[Lane, ...]
     outside: tuple[Lane, ...]
     interval: range
+    rescale: float = 0.0
+
+    def rescale_at(self, row: int) -> float:
+        """The rescaling of one row."""
+        return self.rescale if row in self.interval else 0.0
 
     def lanes(self, row: int) -> tuple[Lane, ...]:
         """The lanes of one row."""
@@ -46,6 +58,6 @@ def guidance_of(request: ResolvedRequest, prompt_embeds: FloatArray, negative_em
     scale = request.guidance_scale
     guided = (
         Lane(prompt_embeds=negative_embeds, weight=1.0 - scale),
-        Lane(prompt_embeds=prompt_embeds, weight=scale),
+        Lane(prompt_embeds=prompt_embeds, weight=scale, rescale_weight=1.0),
     )
-    return Guidance(inside=guided, outside=plain, interval=request.guided_rows)
+    return Guidance(inside=guided, outside=plain, interval=request.guided_rows, rescale=request.guidance_rescale)

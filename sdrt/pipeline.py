@@ -89,6 +89,9 @@ class Result:
             "generator": request.generator,
             "guidance_start": request.guidance_start,
             "guidance_end": request.guidance_end,
+            "guidance_rescale": request.guidance_rescale,
+            "timesteps": _listed(request.timesteps),
+            "sigmas": _listed(request.sigmas),
             **self.made_with,
         }
 
@@ -371,6 +374,10 @@ def _shortened(text: str) -> str:
     """A warning is for reading; prompts may have megabytes."""
     half = _LONGEST_QUOTE // 2
     return text if len(text) <= _LONGEST_QUOTE else f"{text[:half]} … {text[-half:]}"
+
+
+def _listed(values: tuple[float, ...] | None) -> JsonValue:
+    return None if values is None else [*values]
 
 
 def _on_grid(length: int, side: int) -> int:

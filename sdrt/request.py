@@ -4,14 +4,19 @@ import math
 import numbers
 import reprlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from sdrt.bundle import Manifest, ShapeProfile
 from sdrt.errors import RequestError
 from sdrt.noise import GENERATORS, GeneratorName
-from sdrt.plan import SCHEDULERS, SamplingPlan, build_plan
+from sdrt.plan import SCHEDULERS, SamplingPlan, build_plan, count_steps
 
 MAX_IMAGES = 64
+MAX_STEPS = 1000
+OWN_PLAN = "a plan of one's own"  # in the place of a scheduler's name
 MAX_PROMPT_CHARACTERS = 100_000
 LARGEST_FLOAT32 = 3.4028234663852886e38
 
@@ -20,7 +25,12 @@ LARGEST_FLOAT32 = 3.4028234663852886e38
 class Request:
     """One text-to-image request, in the names of the diffusers pipelines. `None` means the model's default.
 
-    With `num_images_per_prompt` > 1, image i is made with seed + i, so each can be made again alone.
+    num_inference_steps: 50 unless given, or as many as `timesteps` or `sigmas` have.
+    scheduler: a name or a class (`sdrt schedulers` lists them), or a plan of one's own: `sdrt.plan.derive` makes them.
+    seed: with `num_images_per_prompt` > 1, image i is made with seed + i, so each can be made again alone; or one seed
+    for each image, as a list of generators.
+    timesteps, sigmas: a grid of one's own, descending, as the reference's `set_timesteps` takes it.
+    guidance_rescale: how far the guided output is brought to the deviation of the positive prompt's own, 0 to 1.
     generator: whose numbers the seed stands for, those of torch.Generator("cpu") or torch.Generator("cuda").
     guidance_start, guidance_end: the part of the steps that is guided, 0 to 1; outside it the negative prompt is not
     evaluated at all, which halves a step.
@@ -30,20 +40,26 @@ class Request:
     negative_prompt: str = ""
     height: int | None = None
     width: int | None = None
-    num_inference_steps: int = 50
+    num_inference_steps: int | None = None
     guidance_scale: float = 7.5
-    scheduler: str | None = None
-    seed: int | None = None
-    num_images_per_prompt: int = 1
+    scheduler: str | SamplingPlan | None = None
+    seed: int | Sequence[int] | None = None
+    num_images_per_prompt: int | None = None
     eta: float = 0.0
     generator: GeneratorName = "cpu"
     guidance_start: float = 0.0
     guidance_end: float = 1.0
+    guidance_rescale: float = 0.0
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedRequest:
-    """A request that was checked against a bundle, with every default filled in, and its sampling plan."""
+    """A request that was checked against a bundle, with every default filled in, and its sampling plan.
+
+    seeds: that of each image.
+    """
 
     prompt: str
     negative_prompt: str
@@ -52,18 +68,25 @@ class ResolvedRequest:
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
-    seed: int
-    num_images_per_prompt: int
+    seeds: tuple[int, ...]
     eta: float
     generator: GeneratorName
     guidance_start: float
     guidance_end: float
+    guidance_rescale: float
+    timesteps: tuple[float, ...] | None
+    sigmas: tuple[float, ...] | None
     plan: SamplingPlan
 
     @property
-    def seeds(self) -> tuple[int, ...]:
-        """The seed of each image."""
-        return tuple(self.seed + index for index in range(self.num_images_per_prompt))
+    def seed(self) -> int:
+        """The seed of the first image."""
+        return self.seeds[0]
+
+    @property
+    def num_images_per_prompt(self) -> int:
+        """How many images."""
+        return len(self.seeds)
 
     @property
     def guided(self) -> bool:
@@ -83,12 +106,9 @@ class ResolvedRequest:
 
 def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
     """Check a request against a bundle and fill in its defaults. Raises RequestError; computes nothing."""
-    model = manifest.model
     _check_text("prompt", request.prompt)
     _check_text("negative_prompt", request.negative_prompt)
     height, width = _resolve_size(request, manifest)
-    steps = _whole("num_inference_steps", request.num_inference_steps, 1, 1000)
-    images = _whole("num_images_per_prompt", request.num_images_per_prompt, 1, MAX_IMAGES)
     guidance_scale = _finite("guidance_scale", request.guidance_scale)
     eta = _finite("eta", request.eta)
     if not 0 <= eta <= 1:
@@ -101,6 +121,11 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
             f"guidance_start is {guidance_start:g} and guidance_end {guidance_end:g}",
             hint="give shares of the steps: 0 <= start < end <= 1; for no guidance at all, guidance_scale 1",
         )
+    guidance_rescale = _finite("guidance_rescale", request.guidance_rescale)
+    if not 0 <= guidance_rescale <= 1:
+        raise RequestError(f"guidance_rescale is {guidance_rescale:g}", hint="give a number from 0 (not at all) to 1")
+    timesteps, sigmas = (_numbers(name, getattr(request, name)) for name in ("timesteps", "sigmas"))
+    plan, scheduler, steps = _resolve_plan(request, manifest, eta, timesteps, sigmas)
     return ResolvedRequest(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
@@ -108,14 +133,16 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
         width=width,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
-        scheduler=model.scheduler_class if request.scheduler is None else request.scheduler,
-        seed=_resolve_seed(request.seed, images),
-        num_images_per_prompt=images,
+        scheduler=scheduler,
+        seeds=_resolve_seeds(request.seed, request.num_images_per_prompt),
         eta=eta,
         generator=_resolve_generator(request.generator),
         guidance_start=guidance_start,
         guidance_end=guidance_end,
-        plan=_resolve_plan(request.scheduler, manifest, steps, eta),
+        guidance_rescale=guidance_rescale,
+        timesteps=timesteps,
+        sigmas=sigmas,
+        plan=plan,
     )
 
 
@@ -156,24 +183,59 @@ def _resolve_size(request: Request, manifest: Manifest) -> tuple[int, int]:
     return height, width
 
 
-def _resolve_plan(scheduler: object, manifest: Manifest, steps: int, eta: float) -> SamplingPlan:
+def _resolve_plan(
+    request: Request,
+    manifest: Manifest,
+    eta: float,
+    timesteps: tuple[float, ...] | None,
+    sigmas: tuple[float, ...] | None,
+) -> tuple[SamplingPlan, str, int]:
+    """The plan, the scheduler's name and the number of steps."""
     model = manifest.model
-    if scheduler is not None and not isinstance(scheduler, str):
-        hint = f"choose one of: {', '.join(SCHEDULERS)}"
+    scheduler: object = request.scheduler
+    steps = request.num_inference_steps
+    if steps is not None:
+        steps = _whole("num_inference_steps", steps, 1, MAX_STEPS)
+    if isinstance(scheduler, SamplingPlan):
+        _check_own_plan(request, scheduler)
+        plan, name, count = scheduler, OWN_PLAN, len(scheduler)
+    elif scheduler is None or isinstance(scheduler, str):
+        plan = build_plan(
+            scheduler_class=model.scheduler_class,
+            scheduler_config=model.scheduler_config,
+            num_inference_steps=steps,
+            scheduler=scheduler,
+            eta=eta,
+            timesteps=timesteps,
+            sigmas=sigmas,
+        )
+        name = model.scheduler_class if scheduler is None else scheduler
+        count = count_steps(
+            scheduler_class=model.scheduler_class,
+            scheduler=scheduler,
+            num_inference_steps=steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+        )
+    else:
+        hint = f"give a SamplingPlan, or one of: {', '.join(SCHEDULERS)}"
         raise RequestError(f"scheduler is {type(scheduler).__name__}, not a name", hint=hint)
-    plan = build_plan(
-        scheduler_class=model.scheduler_class,
-        scheduler_config=model.scheduler_config,
-        num_inference_steps=steps,
-        scheduler=scheduler,
-        eta=eta,
-    )
     if plan.slots > manifest.state_slots:
         raise RequestError(
             f"the scheduler keeps {plan.slots} states; this bundle has room for {manifest.state_slots}",
             hint="choose another scheduler, or rebuild the bundle with: sdrt build",
         )
-    return plan
+    return plan, name, count
+
+
+def _check_own_plan(request: Request, plan: SamplingPlan) -> None:
+    """A plan of one's own has its steps, its noise and no clamp."""
+    asked = {"num_inference_steps": None, "timesteps": None, "sigmas": None, "eta": 0}
+    beside = [name for name, absent in asked.items() if getattr(request, name) != absent]
+    if beside:
+        raise RequestError(f"{beside[0]} is given beside a plan, which has its own", hint=f"leave {beside[0]} out")
+    if not all(np.isfinite(values).all() for values in (plan.timesteps, plan.input_scales, plan.transitions)):
+        raise RequestError("the plan has values that are not finite", hint="ask its scheduler for other steps")
 
 
 def _resolve_generator(name: object) -> GeneratorName:
@@ -183,10 +245,30 @@ def _resolve_generator(name: object) -> GeneratorName:
     raise RequestError(f"generator is {reprlib.repr(name)}", hint=f"choose one of: {', '.join(GENERATORS)}")
 
 
-def _resolve_seed(seed: int | None, images: int) -> int:
+def _resolve_seeds(seed: object, images: int | None) -> tuple[int, ...]:
+    """The seed of each image."""
+    count = None if images is None else _whole("num_images_per_prompt", images, 1, MAX_IMAGES)
     if seed is None:
-        return secrets.randbelow(2**32)
-    return _whole("seed", seed, 0, 2**64 - images)
+        seed = secrets.randbelow(2**32)
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        _whole("the number of seeds", len(seed), 1, MAX_IMAGES)
+        if count is not None and count != len(seed):
+            raise RequestError(
+                f"num_images_per_prompt is {count}, but there are {len(seed)} seeds",
+                hint="leave num_images_per_prompt out: there is an image for each seed",
+            )
+        return tuple(_whole("seed", each, 0, 2**64 - 1) for each in seed)
+    count = 1 if count is None else count
+    first = _whole("seed", seed, 0, 2**64 - count)
+    return tuple(range(first, first + count))
+
+
+def _numbers(name: str, values: object) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    if not isinstance(values, Sequence) or isinstance(values, str) or not 1 <= len(values) <= MAX_STEPS + 1:
+        raise RequestError(f"{name} is {_shown(values)}", hint=f"give 1 to {MAX_STEPS} numbers in descending order")
+    return tuple(_finite(name, value) for value in values)
 
 
 def _check_text(name: str, text: object) -> None:

@@ -32,6 +32,11 @@ class Trajectory:
         return self.guidance.lanes(self.row)
 
     @property
+    def guidance_rescale(self) -> float:
+        """The rescaling of the next row's output."""
+        return self.guidance.rescale_at(self.row)
+
+    @property
     def rows_alike(self) -> int:
         """How many rows from the next one on have its lanes."""
         return self.guidance.last_alike(self.row, len(self.plan)) - self.row

@@ -134,7 +134,16 @@ def shapes_bundle(tmp_path_factory: pytest.TempPathFactory, build_cache: None) -
     import sys
 
     target = tmp_path_factory.mktemp("shapes") / "shapes.sdrt"
-    command = [str(Path(sys.executable).with_name("sdrt")), "build", "shapes", "--precision", "fp32", "--out"]
+    command = [
+        str(Path(sys.executable).with_name("sdrt")),
+        "build",
+        "shapes",
+        "--precision",
+        "fp32",
+        "--batch",
+        "1..8",
+        "--out",
+    ]
     done = subprocess.run([*command, str(target)], capture_output=True, text=True)
     if done.returncode != 0:
         pytest.fail(f"the embedded model does not build: {done.stderr}")

@@ -91,7 +91,10 @@ def test_the_manifest_names_the_steps_border(tiny_bundle):
         "timestep": ("float32", ("lanes",)),
         "prompt_embeds": ("float32", ("lanes", "length", 32)),
         "guidance": ("float32", ("requests", "lanes")),
-        "transition": ("float32", ("requests", 6, 8)),
+        "rescale_lanes": ("float32", ("requests", "lanes")),
+        "guidance_rescale": ("float32", ("requests",)),
+        "clamp": ("float32", ("requests", 3)),
+        "transition": ("float32", ("requests", 6, 9)),
         "noise": ("float32", ("requests", 4, "height", "width")),
         "next_state": ("float32", ("requests", 6, 4, "height", "width")),
     }

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from sdrt.errors import RequestError
 from sdrt.plan import MAX_STATE_SLOTS, SCHEDULERS, build_plan
-from sdrt.plan.catalog import base_names
+from sdrt.plan.catalog import NAMES, base_names
 from sdrt.schedule import NoiseSchedule
 
 SD = {
@@ -17,12 +17,30 @@ SD = {
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
-TWO_ROWS = ("heun", "dpm2", "dpmpp_sde")  # a step has, but for the last
-STOCHASTIC = ("ddpm", "euler_a", "dpm2_a", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "sa_solver", "lcm", "tcd")
+TWO_ROWS = ("heun", "dpm2", "dpmpp_sde", "flow_heun")  # a step has, but for the last
+STOCHASTIC = (
+    "ddpm",
+    "euler_a",
+    "dpm2_a",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "dpmpp_sde",
+    "sa_solver",
+    "lcm",
+    "tcd",
+    "edm_dpmpp_2m_sde",
+)
 SPACINGS = ("leading", "trailing", "linspace")
 
 
-def plan_of(name: str | None, steps: int, *, own: str = "PNDMScheduler", eta: float = 0.0, **fields: object):
+OWN = {"betas": "PNDMScheduler", "edm": "EDMEulerScheduler", "flow": "FlowMatchEulerDiscreteScheduler"}
+# What a Stable Diffusion checkpoint's config can be sampled with.
+ITS_SCHEDULERS = tuple(name for name, named in NAMES.items() if named.family.schedule == "betas")
+ITS_BASES = tuple(name for name in base_names() if name in ITS_SCHEDULERS)
+
+
+def plan_of(name: str | None, steps: int, *, own: str | None = None, eta: float = 0.0, **fields: object):
+    own = OWN[NAMES[name].family.schedule if name in NAMES else "betas"] if own is None else own
     return build_plan(
         scheduler_class=own, scheduler_config={**SD, **fields}, num_inference_steps=steps, scheduler=name, eta=eta
     )
@@ -149,24 +167,62 @@ def test_an_unknown_scheduler_gets_a_suggestion(wanted: str, near: str):
     assert f"did you mean {near}?" in raised.value.hint
 
 
-def test_a_checkpoint_without_betas_is_for_its_own_scheduler_alone():
-    assert len(plan_of(None, 5, own="IPNDMScheduler")) == 5
-    with pytest.raises(RequestError, match="no betas"):
-        plan_of("euler", 5, own="IPNDMScheduler")
+@pytest.mark.parametrize(
+    ("own", "alike"),
+    [("IPNDMScheduler", ""), ("EDMEulerScheduler", "edm_dpmpp_2m"), ("FlowMatchHeunDiscreteScheduler", "flow_euler")],
+)
+def test_a_scheduler_is_for_checkpoints_of_its_own_kind_of_noise(own: str, alike: str):
+    assert len(plan_of(None, 5, own=own)) >= 5
+    with pytest.raises(RequestError, match="noise is of another kind") as raised:
+        plan_of("euler", 5, own=own)
+    assert alike in raised.value.hint
+    with pytest.raises(RequestError, match="noise is of another kind"):
+        plan_of(own, 5, own="DDIMScheduler")
 
 
-@pytest.mark.parametrize("own", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "RePaintScheduler", ""])
+@pytest.mark.parametrize("own", ["RePaintScheduler", ""])
 @pytest.mark.parametrize("name", [None, "euler"])
-def test_a_checkpoint_of_another_kind_is_refused(own: str, name: str | None):
+def test_a_checkpoint_of_an_unknown_kind_is_refused(own: str, name: str | None):
     with pytest.raises(RequestError, match="no kind that sdrt knows"):
         plan_of(name, 5, own=own)
 
 
 @pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"timesteps": (999, 500), "sigmas": (5.0, 1.0)}, "timesteps and sigmas are both given"),
+        ({"timesteps": (999, 500), "num_inference_steps": 3}, "num_inference_steps is 3, but timesteps has 2 steps"),
+        ({"sigmas": (5.0, 1.0, 0.0), "num_inference_steps": 3}, "num_inference_steps is 3, but sigmas has 2 steps"),
+        ({"timesteps": (500, 999)}, "timesteps has 500 before 999"),
+        ({"timesteps": (500, 500)}, "timesteps has 500 before 500"),
+        ({"timesteps": (1000, 500)}, "timesteps goes from 1000 to 500"),
+        ({"timesteps": (float("nan"),)}, "timesteps is"),
+        ({"timesteps": ()}, "timesteps has no values"),
+        ({"sigmas": (1.0, 5.0)}, "sigmas has 1 before 5"),
+        ({"sigmas": (5.0,)}, "sigmas has no step"),
+        ({"num_inference_steps": 5, "first": 5}, "first is 5 of 5 steps"),
+        ({"num_inference_steps": 5, "first": -1}, "first is -1 of 5 steps"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused_with_its_values(asked: dict[str, object], reason: str):
+    with pytest.raises(RequestError, match=reason):
+        build_plan(scheduler_class="EulerDiscreteScheduler", scheduler_config=SD, **asked)
+
+
+def test_own_timesteps_are_the_grid_and_count_the_steps():
+    plan = build_plan(scheduler_class="DDPMScheduler", scheduler_config=SD, timesteps=(900, 300, 40))
+    assert plan.timesteps.tolist() == [900, 300, 40]
+
+
+def test_steps_that_are_left_out_are_the_first():
+    whole, cut = (build_plan(scheduler_class="DDIMScheduler", scheduler_config=SD, first=first) for first in (0, 20))
+    np.testing.assert_array_equal(cut.timesteps, whole.timesteps[20:])
+
+
+@pytest.mark.parametrize(
     ("name", "field", "value"),
     [
-        ("ddim", "clip_sample", True),
-        ("ddim", "thresholding", True),
+        ("ddim", "clip_sample", "yes"),
         ("ddim", "prediction_type", "flow_prediction"),
         ("ddim", "timestep_spacing", "cosine"),
         ("ddim", "steps_offset", -1),
@@ -178,7 +234,6 @@ def test_a_checkpoint_of_another_kind_is_refused(own: str, name: str | None):
         ("euler_karras", "sigma_min", -1.0),
         ("euler_karras", "sigma_max", "large"),
         ("dpmpp_2m", "solver_type", "bogacki"),
-        ("dpmpp_2m", "thresholding", True),
         ("dpmpp_2m", "use_flow_sigmas", True),
         ("dpmpp_2m", "use_dynamic_shifting", True),
         ("dpmpp_2m", "variance_type", "learned_range"),
@@ -204,6 +259,23 @@ def test_an_absent_clip_sample_does_not_clip():
     without = {name: value for name, value in SD.items() if name != "clip_sample"}
     plan = build_plan(scheduler_class="DDIMScheduler", scheduler_config=without, num_inference_steps=5)
     np.testing.assert_array_equal(plan.transitions, plan_of("ddim", 5).transitions)
+    assert plan.clamp is None
+    assert plan_of("ddim", 5, clip_sample=True).clamp.limit == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("dynamic_thresholding_ratio", 1.5), ("sample_max_value", 0.5), ("thresholding", "yes")]
+)
+def test_a_threshold_that_cannot_be_is_refused(field: str, value: object):
+    with pytest.raises(RequestError, match=field):
+        plan_of("dpmpp_2m", 5, **{"thresholding": True, field: value})
+
+
+def test_a_scheduler_that_clips_only_is_refused_where_the_checkpoint_thresholds():
+    assert plan_of("heun", 5, clip_sample=True).clamp is not None
+    assert plan_of("heun", 5, thresholding=True).clamp is None  # it has no such field
+    with pytest.raises(RequestError, match="thresholding"):
+        plan_of("heun", 5, clip_sample=True, thresholding=True)
 
 
 def test_a_division_by_zero_signal_is_refused():
@@ -231,12 +303,12 @@ def test_a_padded_transition_steps_like_the_plan_s_own():
     wide = plan.padded_transitions(slice(2, 3), MAX_STATE_SLOTS)[0]
     state = np.array([0.3, -0.7, 0.0, 0.0, 0.0, 0.0])
     own = plan.transitions[2] @ [0.3, -0.7, 1.1, 0.2]
-    np.testing.assert_allclose((wide @ np.concatenate([state, [1.1, 0.2]]))[:2], own, rtol=1e-6)
+    np.testing.assert_allclose((wide @ np.concatenate([state, [1.1, 0.2, 5.0]]))[:2], own, rtol=1e-6)
 
 
 @given(
     # DEIS ends on the smallest sigma, and not on the image.
-    name=st.sampled_from([name for name in SCHEDULERS if not name.startswith((*STOCHASTIC, "deis"))]),
+    name=st.sampled_from([name for name in ITS_SCHEDULERS if not name.startswith((*STOCHASTIC, "deis"))]),
     steps=st.integers(1, 120),
     spacing=st.sampled_from(SPACINGS),
     offset=st.integers(0, 3),

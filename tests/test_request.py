@@ -85,8 +85,20 @@ BAD = [
     {"seed": -(10**5000)},
     {"num_inference_steps": 10**5000},
     {"num_inference_steps": np.float64(4)},
-    {"num_images_per_prompt": None},
     {"height": "64"},
+    {"seed": []},
+    {"seed": [1, -1]},
+    {"seed": [1, 2], "num_images_per_prompt": 3},
+    {"seed": "12"},
+    {"guidance_rescale": -0.1},
+    {"guidance_rescale": 1.1},
+    {"timesteps": [1, 2]},
+    {"timesteps": "999"},
+    {"timesteps": []},
+    {"timesteps": [999, None]},
+    {"timesteps": [999.0] * 2000},
+    {"sigmas": [10.0, 1.0]},
+    {"timesteps": [999, 400], "num_inference_steps": 3},
     {"scheduler": 5},
     {"scheduler": ["ddim"]},
     {"scheduler": ""},
@@ -148,3 +160,43 @@ def test_a_plan_that_needs_more_states_than_the_bundle_has_is_refused(manifest):
 
 def test_eta_is_for_the_scheduler_that_has_it(manifest):
     assert resolve(manifest, scheduler="ddim", eta=1.0).plan.draws_noise(0)
+
+
+def test_a_list_of_seeds_is_an_image_for_each(manifest):
+    resolved = resolve(manifest, seed=[9, 2**64 - 1, 9])
+    assert resolved.seeds == (9, 2**64 - 1, 9)
+    assert resolved.num_images_per_prompt == 3
+
+
+def test_own_timesteps_are_as_many_steps(manifest):
+    resolved = resolve(manifest, scheduler="ddpm", timesteps=[900, 500, 20])
+    assert resolved.num_inference_steps == len(resolved.plan) == 3
+    assert resolve(manifest, scheduler="euler", sigmas=[9.0, 2.0, 0.0]).num_inference_steps == 2
+
+
+def test_a_plan_of_ones_own_is_taken_as_it_is(manifest):
+    plan = resolve(manifest, scheduler="euler_a", num_inference_steps=7).plan
+    resolved = resolve(manifest, scheduler=plan)
+    assert resolved.plan is plan
+    assert (resolved.num_inference_steps, resolved.scheduler) == (7, "a plan of one's own")
+
+
+@pytest.mark.parametrize("beside", [{"num_inference_steps": 7}, {"eta": 0.5}, {"timesteps": [9, 1]}])
+def test_beside_a_plan_of_ones_own_nothing_is_asked_that_it_has(manifest, beside):
+    plan = resolve(manifest, scheduler="euler", num_inference_steps=7).plan
+    with pytest.raises(RequestError, match=f"{next(iter(beside))} is given beside a plan"):
+        resolve(manifest, scheduler=plan, **beside)
+
+
+def test_a_plan_that_is_not_finite_is_refused(manifest):
+    plan = resolve(manifest, scheduler="euler", num_inference_steps=7).plan
+    broken = replace(plan, transitions=plan.transitions * np.nan)
+    with pytest.raises(RequestError, match="not finite"):
+        resolve(manifest, scheduler=broken)
+
+
+def test_no_scheduler_takes_own_timesteps_in_silence(manifest):
+    """A scheduler either follows the grid it is given, or says that it takes none."""
+    for name in ("ddim", "lms", "dpm2", "deis"):
+        with pytest.raises(RequestError, match="timesteps"):
+            resolve(manifest, scheduler=name, timesteps=[900, 20])

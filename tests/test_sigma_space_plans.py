@@ -184,7 +184,6 @@ def test_timesteps_of_ones_own_contradict_a_sigma_spacing(field: str, name: str)
         ("euler", {"interpolation_type": "cubic"}),
         ("euler", {"timestep_type": "other"}),
         ("euler", {"final_sigmas_type": "other"}),
-        ("heun", {"clip_sample": True}),
         ("heun", {"beta_schedule": "exp"}),
         ("dpm_sde", {"noise_sampler_seed": 3}),
         ("edm_euler", {"prediction_type": "sample"}),

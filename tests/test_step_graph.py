@@ -13,6 +13,7 @@ from sdrt.engines.openvino import OpenVinoBuilder
 from sdrt.engines.profile import parse_profile
 from sdrt.engines.step_graph import compose_step_graph
 from sdrt.errors import BuildError
+from sdrt.plan.clamping import Thresholding
 from sdrt.runners.cpu import native_precision
 
 SLOTS = 6
@@ -45,11 +46,11 @@ def steps(unet_path, tmp_path_factory):
     return {name: open_step(name, folder, tmp_path_factory.mktemp("engine")) for name in BACKENDS}
 
 
-def place_step(unet_path, folder, *, change=lambda model: None):
+def place_step(unet_path, folder, *, change=lambda model: None, thresholding=None):
     model = onnx.load(unet_path, load_external_data=False)
     change(model)
     (folder / "model.onnx.data").write_bytes((unet_path.parent / "model.onnx.data").read_bytes())
-    onnx.save(compose_step_graph(model, SLOTS), folder / "model.onnx")
+    onnx.save(compose_step_graph(model, SLOTS, thresholding), folder / "model.onnx")
     return folder
 
 
@@ -101,17 +102,26 @@ def random_feeds(requests, owners, *, height=8, width=8, length=77, seed=0):
         "timestep": random.uniform(0, 999, lanes).astype(np.float32),
         "prompt_embeds": normal(lanes, length, 32),
         "guidance": guidance,
-        "transition": normal(requests, SLOTS, SLOTS + 2),
+        "rescale_lanes": (guidance > 0).astype(np.float32),
+        "guidance_rescale": np.zeros(requests, np.float32),
+        "clamp": np.zeros((requests, 3), np.float32),
+        "transition": normal(requests, SLOTS, SLOTS + 3),
         "noise": normal(requests, 4, height, width),
     }
 
 
-def expected_step(unet, feeds):
+def expected_step(unet, feeds, threshold=None):
     """The definition of a step, in float64 but for the network."""
     scaled = feeds["state"][:, 0] * feeds["input_scale"][:, None, None, None]
     lanes = unet(scaled[feeds["lane_request"]], feeds["timestep"], feeds["prompt_embeds"]).astype(np.float64)
-    output = np.einsum("rm,mchw->rchw", feeds["guidance"].astype(np.float64), lanes)
-    stack = np.concatenate([feeds["state"], output[:, None], feeds["noise"][:, None]], axis=1)
+    output, aim = (np.einsum("rm,mchw->rchw", feeds[name], lanes) for name in ("guidance", "rescale_lanes"))
+    share = feeds["guidance_rescale"].astype(np.float64)[:, None, None, None]
+    deviations = [each.std((1, 2, 3), ddof=1, keepdims=True) for each in (aim, output)]
+    output = np.where(share == 0, output, share * output * deviations[0] / deviations[1] + (1 - share) * output)
+    on_latents, on_output, limit = feeds["clamp"].astype(np.float64).T[:, :, None, None, None]
+    x0 = on_latents * feeds["state"][:, 0] + on_output * output
+    excess = (np.clip(x0, -limit, limit) if threshold is None else threshold(x0)) - x0
+    stack = np.concatenate([feeds["state"], output[:, None], feeds["noise"][:, None], excess[:, None]], axis=1)
     return np.einsum("rij,rjchw->richw", feeds["transition"].astype(np.float64), stack)
 
 
@@ -125,12 +135,13 @@ def pass_output_only(feeds):
 def of_request(feeds, request):
     """The same request alone."""
     lanes = np.flatnonzero(feeds["lane_request"] == request)
-    whose = {"state": [request], "input_scale": [request], "transition": [request], "noise": [request]}
-    alone = {name: feeds[name][whose.get(name, lanes)] for name in feeds if name != "guidance"}
+    its_own = ("state", "input_scale", "guidance_rescale", "clamp", "transition", "noise")
+    of_both = ("guidance", "rescale_lanes")
+    alone = {name: feeds[name][[request] if name in its_own else lanes] for name in feeds if name not in of_both}
     return {
         **alone,
         "lane_request": np.zeros(len(lanes), np.int64),
-        "guidance": feeds["guidance"][[request]][:, lanes],
+        **{name: feeds[name][[request]][:, lanes] for name in of_both},
     }
 
 
@@ -152,6 +163,49 @@ def relative_error(measured, expected):
 def test_a_step_is_its_definition(steps, unet, backend, requests, owners, sides, length):
     feeds = random_feeds(requests, owners, height=sides[0], width=sides[1], length=length)
     assert relative_error(steps[backend](feeds), expected_step(unet, feeds)) < 5e-6
+
+
+def with_rescale_and_clamp(feeds):
+    """Every second request rescales, every third clamps."""
+    count = len(feeds["state"])
+    feeds["guidance_rescale"][::2] = np.linspace(0.3, 1, count, dtype=np.float32)[::2]
+    feeds["clamp"][::3] = np.array([1.4, -0.8, 0.9], np.float32)
+    return feeds
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_rescales_and_clamps_by_its_definition(steps, unet, backend):
+    feeds = with_rescale_and_clamp(random_feeds(4, [3, 2, 1, 0, 0, 2]))
+    bound = 3e-2 if "bf16" in backend else 5e-6
+    assert relative_error(steps[backend](feeds), expected_step(unet, feeds)) < bound
+    plain = {**feeds, "guidance_rescale": np.zeros(4, np.float32)}
+    assert relative_error(steps[backend](plain)[0], expected_step(unet, feeds)[0]) > 0.01
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rescaling_one_request_does_not_touch_another(steps, backend):
+    feeds = random_feeds(2, [0, 1, 1])
+    plain = steps[backend](feeds)
+    feeds["guidance_rescale"][0], feeds["clamp"][0] = 0.7, (1, 0.5, 0.1)
+    after = steps[backend](feeds)
+    assert np.array_equal(after[1], plain[1])
+    assert not np.array_equal(after[0], plain[0])
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.995, 1.0])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino fp32"])
+def test_a_step_thresholds_by_quantiles_where_it_is_composed_so(unet_path, unet, tmp_path, backend, ratio):
+    folder = place_step(unet_path, tmp_path, thresholding=Thresholding(ratio=ratio, maximum=1.5))
+    feeds = random_feeds(3, [0, 1, 1, 2], height=16)
+    feeds["clamp"][:2] = [[1.4, -0.8, 1.5], [0.2, 0.1, 1.5]]  # the third request asks for nothing
+
+    def threshold(x0):
+        limit = np.quantile(np.abs(x0).reshape(3, -1), ratio, axis=1).clip(1, 1.5)[:, None, None, None]
+        return np.where(np.arange(3)[:, None, None, None] < 2, x0.clip(-limit, limit) / limit, x0)
+
+    (tmp_path / "engine").mkdir()
+    made = open_step(backend, folder, tmp_path / "engine")(feeds)
+    assert relative_error(made, expected_step(unet, feeds, threshold)) < 5e-6
 
 
 @pytest.mark.skipif("openvino bf16" not in BACKENDS, reason="this CPU does not compute in bf16")
@@ -210,7 +264,8 @@ def test_an_inert_lane_and_an_inert_request_change_nothing(steps, backend):
     padded = random_feeds(2, [0, 0, 1])
     for name, array in feeds.items():
         padded[name][tuple(slice(size) for size in array.shape)] = array
-    padded["guidance"][1], padded["guidance"][:, 2] = 0, 0
+    for name in ("guidance", "rescale_lanes"):
+        padded[name][1], padded[name][:, 2] = 0, 0
     alone, together = steps[backend](feeds)[0], steps[backend](padded)[0]
     tolerance = 1e-6 if backend == "onnxruntime" else 0
     assert np.abs(together - alone).max() <= tolerance * np.abs(alone).max()

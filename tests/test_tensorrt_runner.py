@@ -58,7 +58,10 @@ def step_feeds(lanes=2, side=8, seed=0):
         "timestep": np.full(lanes, 500, np.float32),
         "prompt_embeds": random.standard_normal((lanes, 77, 32), np.float32),
         "guidance": np.full((1, lanes), 1 / lanes, np.float32),
-        "transition": random.standard_normal((1, 6, 8)).astype(np.float32),
+        "rescale_lanes": np.full((1, lanes), 1 / lanes, np.float32),
+        "guidance_rescale": np.zeros(1, np.float32),
+        "clamp": np.zeros((1, 3), np.float32),
+        "transition": random.standard_normal((1, 6, 9)).astype(np.float32),
         "noise": random.standard_normal((1, 4, side, side), np.float32),
     }
 

@@ -40,7 +40,10 @@ def step_feeds(bundle, requests, lanes):
         "timestep": np.full(lanes, 501.5, np.float32),
         "prompt_embeds": rng.standard_normal((lanes, model.text_length, embeds_dim), np.float32),
         "guidance": (owner == np.arange(requests)[:, None]).astype(np.float32),
-        "transition": rng.standard_normal((requests, slots, slots + 2), np.float32),
+        "rescale_lanes": np.zeros((requests, lanes), np.float32),
+        "guidance_rescale": np.zeros(requests, np.float32),
+        "clamp": np.zeros((requests, 3), np.float32),
+        "transition": rng.standard_normal((requests, slots, slots + 3), np.float32),
         "noise": rng.standard_normal(latents, np.float32),
     }
 

@@ -77,8 +77,7 @@ def demo(
             out.rmdir()
         raise
     rows = [
-        (path.name, str(result.request.seed), result.request.prompt)
-        for path, result in zip(pictures, results, strict=True)
+        (path.name, str(result.seeds[0]), result.request.prompt) for path, result in zip(pictures, results, strict=True)
     ]
     lines: list[Text | str] = [
         title(f"{len(results)} captions drawn in {seconds_text(seconds)}"),
@@ -88,7 +87,7 @@ def demo(
     ]
     record: dict[str, JsonValue] = {
         "pictures": [
-            {"path": str(path), "caption": result.request.prompt, "seed": result.request.seed}
+            {"path": str(path), "caption": result.request.prompt, "seed": result.seeds[0]}
             for path, result in zip(pictures, results, strict=True)
         ],
         "sheet": str(out / SHEET),

@@ -35,7 +35,14 @@ REQUEST_FIELDS = (
     "generator",
     "guidance_start",
     "guidance_end",
+    "guidance_rescale",
+    "timesteps",
+    "sigmas",
 )
+
+# What an option says anew of a remembered image: the others of its kind no longer hold.
+_STEPS = ("num_inference_steps", "timesteps", "sigmas")
+_INSTEAD = {name: tuple(other for other in _STEPS if other != name) for name in _STEPS}
 
 
 def complete_scheduler(incomplete: str) -> list[str]:
@@ -78,6 +85,14 @@ def run(
         float | None,
         typer.Option(metavar="SHARE", help="And up to this one: 0.6 saves time. Default: 1.", show_default=False),
     ] = None,
+    guidance_rescale: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Against washed-out contrast of high scales, most for v-prediction models: 0.7. Default: 0.",
+            show_default=False,
+        ),
+    ] = None,
     scheduler: Annotated[
         str | None,
         typer.Option(
@@ -87,10 +102,34 @@ def run(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[
-        int | None,
+    eta: Annotated[
+        float | None,
         typer.Option(
-            metavar="N", help="Image i of several is made with N + i. Default: chosen and told.", show_default=False
+            metavar="SHARE",
+            help="How much noise ddim and tcd add in each step, 0 to 1. Default: 0.",
+            show_default=False,
+        ),
+    ] = None,
+    timesteps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T,T,…", help="Timesteps of your own, descending, instead of --steps.", show_default=False
+        ),
+    ] = None,
+    sigmas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S,S,…",
+            help="Sigmas of your own, descending, the one after the last step included.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N…]",
+            help="Image i of several is made with N + i; or a seed for each. Default: chosen and told.",
+            show_default=False,
         ),
     ] = None,
     generator: Annotated[
@@ -138,15 +177,19 @@ def run(
         "guidance_scale": guidance_scale,
         "guidance_start": guidance_start,
         "guidance_end": guidance_end,
+        "guidance_rescale": guidance_rescale,
         "scheduler": scheduler,
-        "seed": seed,
+        "eta": eta,
+        "timesteps": _numbers("--timesteps", timesteps, float),
+        "sigmas": _numbers("--sigmas", sigmas, float),
+        "seed": _seed(seed),
         "generator": generator,
         "num_images_per_prompt": images,
     }
     options = {name: value for name, value in given.items() if value is not None}
     remembered = {} if from_image is None else _remembered(from_image)
-    request, sealed = _request(bundle, remembered, options)
-    paths = numbered(out, request.num_images_per_prompt)
+    request, images, sealed = _request(bundle, remembered, options)
+    paths = numbered(out, images)
     sheet = out.with_name(f"{out.stem}-grid{out.suffix}") if grid else None
     check_outputs([*paths, *([] if sheet is None else [sheet])], ".png", force=force)
     with progress_bar() as progress:
@@ -178,8 +221,27 @@ def draw(
     raise RuntimeError("the last step carried no result")
 
 
-def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) -> "tuple[Request, Bundle]":
-    """The request, checked against the bundle before its engines are loaded. Raises RequestError, BundleError."""
+def _numbers(option: str, text: str | None, kind: type[float]) -> list[float] | None:
+    """Numbers with commas between them. Raises RequestError."""
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        hint = "give numbers with commas between them"
+        raise RequestError(f"{option} is {text!r}", hint=hint) from error
+
+
+def _seed(text: str | None) -> int | list[float] | None:
+    seeds = _numbers("--seed", text, int)
+    return int(seeds[0]) if seeds is not None and len(seeds) == 1 else seeds
+
+
+def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) -> "tuple[Request, int, Bundle]":
+    """The request and its number of images, checked against the bundle before its engines are loaded.
+
+    Raises RequestError, BundleError.
+    """
     from sdrt.bundle import Bundle
     from sdrt.request import Request, resolve_request
 
@@ -190,6 +252,9 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
             f"the image was made with another model ({remembered.get('model')!r}), so it will not be the same"
         )
     fields = {name: remembered[name] for name in REQUEST_FIELDS if name in remembered} | options
+    for given, overridden in _INSTEAD.items():
+        if given in options:
+            fields |= {name: None for name in overridden if name not in options}
     if "prompt" not in fields:
         raise RequestError("there is no prompt", hint='give a PROMPT (it may be ""), or an image of sdrt: --from-image')
     if fields.get("scheduler") == model.scheduler_class:
@@ -198,7 +263,7 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
         raise RequestError(f"the scheduler is {fields['scheduler']!r}, not a name", hint="give one with --scheduler")
     request = Request(**fields)
     resolved = resolve_request(request, bundle.manifest)
-    return replace(request, seed=resolved.seed), bundle
+    return replace(request, seed=resolved.seeds, num_images_per_prompt=None), len(resolved.seeds), bundle
 
 
 def _remembered(image: Path) -> dict[str, Any]:
@@ -217,7 +282,7 @@ def _save(result: "Result", paths: Sequence[Path], sheet: Path | None, *, force:
         for index, path in enumerate(paths):
             write(result.images[index], path, result.parameters(index), force)
         if sheet is not None:
-            shared = result.parameters(0) | {"num_images_per_prompt": len(paths)}
+            shared = result.parameters(0) | {"seed": [*result.seeds]}
             write(grid(result.images), sheet, shared, force)
 
 
@@ -247,7 +312,7 @@ def _record(result: "Result", paths: Sequence[Path], sheet: Path | None) -> "dic
     return {
         "images": [{"path": str(path), "parameters": result.parameters(index)} for index, path in enumerate(paths)],
         "grid": None if sheet is None else str(sheet),
-        "seed": result.request.seed,
+        "seeds": [*result.seeds],
         "seconds": {
             "text_encoder": timings.text_encoder_seconds,
             "steps": list(timings.step_seconds),
@@ -263,7 +328,8 @@ def _record(result: "Result", paths: Sequence[Path], sheet: Path | None) -> "dic
 def _summary(result: "Result", paths: Sequence[Path], sheet: Path | None) -> "list[Text]":
     request, timings = result.request, result.timings
     count, stepping = len(timings.step_seconds), sum(timings.step_seconds)
-    seeds = str(request.seed) if len(paths) == 1 else f"{request.seeds[0]} to {request.seeds[-1]}"
+    consecutive = len(paths) > 2 and request.seeds == tuple(range(request.seeds[0], request.seeds[0] + len(paths)))
+    seeds = f"{request.seeds[0]} to {request.seeds[-1]}" if consecutive else ", ".join(map(str, request.seeds))
     names = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
     rows = [
         ("image" if len(paths) == 1 else "images", names),

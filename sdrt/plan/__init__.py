@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -11,76 +11,118 @@ from sdrt.bundle import JsonValue
 from sdrt.errors import RequestError
 from sdrt.plan.asked import AskedSteps
 from sdrt.plan.catalog import FAMILIES, NAMES, Family, find_scheduler
+from sdrt.plan.clamping import read_thresholding
+from sdrt.plan.derivation import derive
 from sdrt.plan.rows import MAX_STATE_SLOTS, SamplingPlan
-from sdrt.schedule import SCHEDULE_FIELDS, NoiseSchedule
+from sdrt.schedule import SCHEDULE_FIELDS, unsupported_field
 
-__all__ = ["MAX_STATE_SLOTS", "SCHEDULERS", "SamplingPlan", "build_plan"]
+__all__ = ["MAX_STATE_SLOTS", "SCHEDULERS", "SamplingPlan", "build_plan", "count_steps", "derive"]
 
 
 SCHEDULERS: tuple[str, ...] = tuple(NAMES)
+DEFAULT_STEPS = 50
 
-# With a schedule of their own: no other scheduler can take over the configs of these, nor these those of others.
-_WITHOUT_BETAS = frozenset({"IPNDMScheduler"})
-
-# Fields that only those other schedulers read; they mean nothing to the ones here.
-_OTHER_SCHEDULERS_FIELDS = frozenset(
-    {
-        "disable_corrector",
-        "original_inference_steps",
-        "predict_x0",
-        "rho",
-        "shift_terminal",
-        "sigma_data",
-        "sigma_schedule",
-        "solver_p",
-        "timestep_scaling",
-    }
-)
-_KNOWN_FIELDS = frozenset(
-    {*SCHEDULE_FIELDS, *_OTHER_SCHEDULERS_FIELDS, *(name for family in FAMILIES.values() for name in family.fields)}
-)
+# One scheduler's config may hold another's fields, which mean nothing to it: a checkpoint was used with many.
+_KNOWN_FIELDS = frozenset({*SCHEDULE_FIELDS, *(name for family in FAMILIES.values() for name in family.fields)})
 
 
 def build_plan(
     *,
     scheduler_class: str,
     scheduler_config: Mapping[str, JsonValue],
-    num_inference_steps: int,
+    num_inference_steps: int | None = None,
     scheduler: str | None = None,
     eta: float = 0.0,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    first: int = 0,
 ) -> SamplingPlan:
     """The rows of `num_inference_steps` steps with `scheduler`, or with the checkpoint's own when that is None.
 
     scheduler_class, scheduler_config: those of the checkpoint (scheduler_config.json). Another scheduler takes over
     the fields it shares with that config, and its own defaults for the rest. scheduler: one of `SCHEDULERS` or a
-    class name as in checkpoints. eta: DDIM's noise, 0 to 1.
-    RequestError: unknown scheduler, impossible step count or eta, or a config field that cannot be honoured.
+    class name as in checkpoints. eta: how much noise, 0 to 1, of those that have the choice. timesteps, sigmas: a grid
+    of one's own, as the `set_timesteps` of the reference takes it. first: how many steps are left out at the start.
+    RequestError: unknown scheduler, impossible step count, grid or eta, or a config field that cannot be honoured.
     Equal arguments give the same object.
     """
-    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise RequestError(f"num_inference_steps is {num_inference_steps!r}", hint="give a whole number from 1")
     if not math.isfinite(eta) or eta < 0:
         raise RequestError(f"eta is {eta:g}", hint="give a number from 0 to 1")
+    family, overrides = _select(scheduler, scheduler_class)
+    asked = AskedSteps(
+        num_inference_steps=_step_count(family, num_inference_steps, timesteps, sigmas),
+        eta=float(eta),
+        first=first,
+        timesteps=_numbers("timesteps", timesteps),
+        sigmas=_numbers("sigmas", sigmas),
+    )
+    if not 0 <= first < asked.num_inference_steps:
+        raise RequestError(
+            f"first is {first} of {asked.num_inference_steps} steps", hint="leave out fewer steps than there are"
+        )
     config = json.dumps(dict(scheduler_config), sort_keys=True)
-    return _cached_plan(scheduler_class, config, num_inference_steps, scheduler, float(eta))
+    return _cached_plan(family.class_name, json.dumps(dict(overrides)), config, asked)
 
 
 @lru_cache(maxsize=64)
-def _cached_plan(
-    scheduler_class: str, config_json: str, num_inference_steps: int, scheduler: str | None, eta: float
-) -> SamplingPlan:
-    family, overrides = _select(scheduler, scheduler_class)
-    config = _taken_over(json.loads(config_json), family, overrides)
-    schedule = NoiseSchedule.from_config(config)
-    if num_inference_steps > len(schedule):
+def _cached_plan(class_name: str, overrides_json: str, config_json: str, asked: AskedSteps) -> SamplingPlan:
+    family, whole = FAMILIES[class_name], json.loads(config_json)
+    config = _taken_over(whole, family, json.loads(overrides_json))
+    trained = config["num_train_timesteps"]
+    if isinstance(trained, int) and asked.num_inference_steps > trained:
         raise RequestError(
-            f"num_inference_steps is {num_inference_steps}, but the model was trained with {len(schedule)} timesteps",
-            hint=f"ask for at most {len(schedule)} steps",
+            f"num_inference_steps is {asked.num_inference_steps}, but the model was trained with {trained} timesteps",
+            hint=f"ask for at most {trained} steps",
         )
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # checked as a whole below
-        plan = family.plan(config, schedule, AskedSteps(num_inference_steps=num_inference_steps, eta=eta))
-    _refuse_infinite(plan, family, num_inference_steps)
+        plan = family.plan(config, asked)
+    _refuse_infinite(plan, family, asked.num_inference_steps)
+    if plan.clamp is not None and plan.clamp.ratio is None and read_thresholding(whole) is not None:
+        # The step graph takes quantiles where the checkpoint's config says so, whatever the scheduler.
+        raise unsupported_field("thresholding", True)
     return plan
+
+
+def count_steps(
+    *,
+    scheduler_class: str,
+    scheduler: str | None,
+    num_inference_steps: int | None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> int:
+    """How many steps `build_plan` makes for these. RequestError where they contradict one another."""
+    return _step_count(_select(scheduler, scheduler_class)[0], num_inference_steps, timesteps, sigmas)
+
+
+def _step_count(
+    family: Family, steps: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+) -> int:
+    """How many steps are asked for, once and not in contradiction."""
+    if timesteps is not None and sigmas is not None:
+        raise RequestError("timesteps and sigmas are both given", hint="give one of the two")
+    own = timesteps if sigmas is None else sigmas
+    if own is None:
+        count: object = DEFAULT_STEPS if steps is None else steps
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise RequestError(f"num_inference_steps is {count!r}", hint="give a whole number from 1")
+        return count
+    name = "timesteps" if sigmas is None else "sigmas"
+    # Sigmas of one's own end with the one after the last step, but for flow matching, where that is always zero.
+    count = len(own) - (sigmas is not None and family.schedule != "flow")
+    if steps is not None and steps != count:
+        raise RequestError(
+            f"num_inference_steps is {steps}, but {name} has {count} steps", hint="leave num_inference_steps out"
+        )
+    return max(count, 1)  # none at all is told by the family
+
+
+def _numbers(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    if not all(math.isfinite(value) for value in values):
+        raise RequestError(f"{name} is {values!r}", hint="give finite numbers in descending order")
+    return tuple(float(value) for value in values)
 
 
 def _select(scheduler: str | None, scheduler_class: str) -> tuple[Family, Mapping[str, JsonValue]]:
@@ -90,13 +132,17 @@ def _select(scheduler: str | None, scheduler_class: str) -> tuple[Family, Mappin
             f"the checkpoint's scheduler is {scheduler_class!r}, which is of no kind that sdrt knows",
             hint="sdrt samples models whose scheduler is one of: " + ", ".join(sorted(FAMILIES)),
         )
+    own = FAMILIES[scheduler_class]
     if scheduler is None:
-        return FAMILIES[scheduler_class], {}
+        return own, {}
     found = find_scheduler(scheduler)
-    if found.family.class_name != scheduler_class and _WITHOUT_BETAS & {found.family.class_name, scheduler_class}:
+    if found.family.schedule != own.schedule:
+        alike = [name for name, other in NAMES.items() if other.family.schedule == own.schedule]
         raise RequestError(
-            f"{found.family.class_name} cannot take the place of the checkpoint's {scheduler_class}: one has no betas",
-            hint="leave the scheduler out",
+            f"{scheduler} cannot take the place of the checkpoint's {scheduler_class}: their noise is of another kind",
+            hint=f"leave the scheduler out, or choose one of: {', '.join(alike)}"
+            if alike
+            else "leave the scheduler out",
         )
     return found.family, found.fields
 
@@ -114,10 +160,7 @@ def _taken_over(
     # Written by a live scheduler object: fields it holds only by default, which do not carry over.
     defaulted = config.get("_use_default_values", [])
     given = {name: value for name, value in config.items() if not isinstance(defaulted, list) or name not in defaulted}
-    known = {**SCHEDULE_FIELDS, **family.fields}
-    if "rescale_betas_zero_snr" not in family.fields:
-        given.pop("rescale_betas_zero_snr", None)
-    return {**known, **{name: given[name] for name in known if name in given}, **overrides}
+    return {**family.fields, **{name: given[name] for name in family.fields if name in given}, **overrides}
 
 
 def _refuse_infinite(plan: SamplingPlan, family: Family, num_inference_steps: int) -> None:

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from sdrt.bundle import JsonValue
 from sdrt.errors import RequestError
@@ -14,8 +15,10 @@ from sdrt.plan import (
     dpm_multistep,
     dpm_sde,
     dpm_singlestep,
+    edm,
     euler,
     euler_ancestral,
+    flow_match,
     heun,
     ipndm,
     kdpm2,
@@ -29,16 +32,23 @@ from sdrt.plan import (
 from sdrt.plan.asked import AskedSteps
 from sdrt.plan.rows import SamplingPlan
 from sdrt.plan.spacing import SPACING_FIELDS
-from sdrt.schedule import NoiseSchedule
+from sdrt.schedule import SCHEDULE_FIELDS, NoiseSchedule
 
-MakePlan = Callable[[Mapping[str, JsonValue], NoiseSchedule, AskedSteps], SamplingPlan]
+# What a family's configs describe: betas of noise schedules, sigmas as EDM or flow matching has them, or nothing.
+Schedule = Literal["betas", "edm", "flow", "none"]
+MakePlan = Callable[[Mapping[str, JsonValue], AskedSteps], SamplingPlan]
+MakePlanOfBetas = Callable[[Mapping[str, JsonValue], NoiseSchedule, AskedSteps], SamplingPlan]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """A sampler: its class in checkpoints, its config fields with their defaults, and what makes its rows."""
+    """A sampler: its class in checkpoints, its config fields with their defaults, and what makes its rows.
+
+    schedule: what its configs describe. A sampler takes over configs of others that describe the same.
+    """
 
     class_name: str
+    schedule: Schedule
     fields: Mapping[str, JsonValue]
     plan: MakePlan
 
@@ -60,31 +70,66 @@ class NamedScheduler:
 _SUFFIXES: Mapping[str, str] = MappingProxyType(
     {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 )
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        class_name: Family(class_name=class_name, fields=fields, plan=plan)
-        for class_name, fields, plan in (
-            ("DDIMScheduler", ddim.FIELDS, ddim.ddim_plan),
-            ("DDPMScheduler", ddpm.FIELDS, ddpm.ddpm_plan),
-            ("PNDMScheduler", pndm.FIELDS, pndm.pndm_plan),
-            ("LMSDiscreteScheduler", lms.FIELDS, lms.lms_plan),
-            ("EulerDiscreteScheduler", euler.FIELDS, euler.euler_plan),
-            ("EulerAncestralDiscreteScheduler", euler_ancestral.FIELDS, euler_ancestral.euler_ancestral_plan),
-            ("HeunDiscreteScheduler", heun.FIELDS, heun.heun_plan),
-            ("KDPM2DiscreteScheduler", kdpm2.FIELDS, kdpm2.kdpm2_plan),
-            ("KDPM2AncestralDiscreteScheduler", kdpm2.FIELDS, kdpm2.kdpm2_ancestral_plan),
-            ("DPMSolverMultistepScheduler", dpm_multistep.FIELDS, dpm_multistep.dpm_multistep_plan),
-            ("DPMSolverSinglestepScheduler", dpm_singlestep.FIELDS, dpm_singlestep.dpm_singlestep_plan),
-            ("DPMSolverSDEScheduler", dpm_sde.FIELDS, dpm_sde.dpm_sde_plan),
-            ("DEISMultistepScheduler", deis.FIELDS, deis.deis_plan),
-            ("UniPCMultistepScheduler", unipc.FIELDS, unipc.unipc_plan),
-            ("SASolverScheduler", sa_solver.FIELDS, sa_solver.sa_solver_plan),
-            ("IPNDMScheduler", ipndm.FIELDS, ipndm.ipndm_plan),
-            ("LCMScheduler", lcm.FIELDS, lcm.lcm_plan),
-            ("TCDScheduler", tcd.FIELDS, tcd.tcd_plan),
-        )
-    }
+
+
+# Fields of noise schedules that some classes do not have, and then do not heed.
+_OPTIONAL = frozenset({"rescale_betas_zero_snr"})
+
+
+def _of_betas(class_name: str, fields: Mapping[str, JsonValue], plan: MakePlanOfBetas) -> Family:
+    def make(config: Mapping[str, JsonValue], asked: AskedSteps) -> SamplingPlan:
+        return plan(config, NoiseSchedule.from_config(config), asked)
+
+    shared = {name: value for name, value in SCHEDULE_FIELDS.items() if name not in _OPTIONAL or name in fields}
+    return Family(class_name=class_name, schedule="betas", fields={**shared, **fields}, plan=make)
+
+
+def _ipndm(config: Mapping[str, JsonValue], asked: AskedSteps) -> SamplingPlan:
+    return ipndm.ipndm_plan(config, NoiseSchedule.from_config(config), asked)
+
+
+_FAMILIES = (
+    _of_betas("DDIMScheduler", ddim.FIELDS, ddim.ddim_plan),
+    _of_betas("DDIMParallelScheduler", ddim.FIELDS, ddim.ddim_plan),
+    _of_betas("DDPMScheduler", ddpm.FIELDS, ddpm.ddpm_plan),
+    _of_betas("DDPMParallelScheduler", ddpm.FIELDS, ddpm.ddpm_plan),
+    _of_betas("PNDMScheduler", pndm.FIELDS, pndm.pndm_plan),
+    _of_betas("LMSDiscreteScheduler", lms.FIELDS, lms.lms_plan),
+    _of_betas("EulerDiscreteScheduler", euler.FIELDS, euler.euler_plan),
+    _of_betas("EulerAncestralDiscreteScheduler", euler_ancestral.FIELDS, euler_ancestral.euler_ancestral_plan),
+    _of_betas("HeunDiscreteScheduler", heun.FIELDS, heun.heun_plan),
+    _of_betas("KDPM2DiscreteScheduler", kdpm2.FIELDS, kdpm2.kdpm2_plan),
+    _of_betas("KDPM2AncestralDiscreteScheduler", kdpm2.FIELDS, kdpm2.kdpm2_ancestral_plan),
+    _of_betas("DPMSolverMultistepScheduler", dpm_multistep.FIELDS, dpm_multistep.dpm_multistep_plan),
+    _of_betas("DPMSolverSinglestepScheduler", dpm_singlestep.FIELDS, dpm_singlestep.dpm_singlestep_plan),
+    _of_betas("DPMSolverSDEScheduler", dpm_sde.FIELDS, dpm_sde.dpm_sde_plan),
+    _of_betas("DEISMultistepScheduler", deis.FIELDS, deis.deis_plan),
+    _of_betas("UniPCMultistepScheduler", unipc.FIELDS, unipc.unipc_plan),
+    _of_betas("SASolverScheduler", sa_solver.FIELDS, sa_solver.sa_solver_plan),
+    _of_betas("LCMScheduler", lcm.FIELDS, lcm.lcm_plan),
+    _of_betas("TCDScheduler", tcd.FIELDS, tcd.tcd_plan),
+    Family(class_name="IPNDMScheduler", schedule="none", fields={**SCHEDULE_FIELDS, **ipndm.FIELDS}, plan=_ipndm),
+    Family(class_name="EDMEulerScheduler", schedule="edm", fields=edm.EULER_FIELDS, plan=edm.edm_euler_plan),
+    Family(
+        class_name="EDMDPMSolverMultistepScheduler",
+        schedule="edm",
+        fields=edm.DPM_MULTISTEP_FIELDS,
+        plan=edm.edm_dpm_multistep_plan,
+    ),
+    Family(
+        class_name="FlowMatchEulerDiscreteScheduler",
+        schedule="flow",
+        fields=flow_match.EULER_FIELDS,
+        plan=flow_match.flow_match_euler_plan,
+    ),
+    Family(
+        class_name="FlowMatchHeunDiscreteScheduler",
+        schedule="flow",
+        fields=flow_match.HEUN_FIELDS,
+        plan=flow_match.flow_match_heun_plan,
+    ),
 )
+FAMILIES: Mapping[str, Family] = MappingProxyType({family.class_name: family for family in _FAMILIES})
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _BASES: Mapping[str, tuple[str, Mapping[str, JsonValue]]] = MappingProxyType(
     {
@@ -108,6 +153,11 @@ _BASES: Mapping[str, tuple[str, Mapping[str, JsonValue]]] = MappingProxyType(
         "sa_solver": ("SASolverScheduler", {}),
         "lcm": ("LCMScheduler", {}),
         "tcd": ("TCDScheduler", {}),
+        "edm_euler": ("EDMEulerScheduler", {}),
+        "edm_dpmpp_2m": ("EDMDPMSolverMultistepScheduler", {}),
+        "edm_dpmpp_2m_sde": ("EDMDPMSolverMultistepScheduler", _SDE),
+        "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
+        "flow_heun": ("FlowMatchHeunDiscreteScheduler", {}),
     }
 )
 

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from sdrt.bundle import JsonValue
 from sdrt.errors import RequestError
 from sdrt.plan.asked import AskedSteps, check_descending, refuse_own_grid
+from sdrt.plan.clamping import CLIPPING_FIELDS, THRESHOLDING_FIELDS, asked_clamp
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import (
     Floats,
@@ -17,20 +18,15 @@ from sdrt.schedule import (
     read_flag,
     read_integer,
     read_spacing,
-    refuse_flags,
     spaced_timesteps,
 )
 
 FIELDS: Mapping[str, JsonValue] = {
-    # Absent, it would default to clipping at ±1, which no latent model wants: Stable Diffusion pipelines turn it off.
-    "clip_sample": False,
-    "clip_sample_range": 1.0,
-    "dynamic_thresholding_ratio": 0.995,
+    **CLIPPING_FIELDS,
+    **THRESHOLDING_FIELDS,
     "rescale_betas_zero_snr": False,
-    "sample_max_value": 1.0,
     "set_alpha_to_one": True,
     "steps_offset": 0,
-    "thresholding": False,
     "timestep_spacing": "leading",
 }
 
@@ -39,9 +35,8 @@ def ddim_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: A
     """One row a step, eq. 12: x' = √ᾱ'·x₀ + √(1 - ᾱ' - σ²)·ε + σ·noise, with σ from eq. 16 times `eta`.
 
     ᾱ' is that of the timestep T // n below, on every spacing; below zero it is 1 (`set_alpha_to_one`) or ᾱ₀.
-    RequestError for options that clip or threshold, and for an `eta` that asks for more noise than there is.
+    Only x₀ is clamped, not the ε with it. RequestError for an `eta` that asks for more noise than there is.
     """
-    refuse_flags(config, "clip_sample", "thresholding")
     refuse_own_grid(asked, "timesteps", "sigmas")
     stride = len(schedule) // asked.num_inference_steps
     timesteps = integer_timesteps(config, schedule, asked.num_inference_steps)[asked.first :]
@@ -65,6 +60,7 @@ def ddim_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: A
         initial_scale=1.0,
         noised=noised_at(schedule, timesteps[0]),
         draws=np.full(len(timesteps), asked.eta > 0),  # the last one too, though its share may be none
+        clamp=asked_clamp(config, estimates=(x0_sample, x0_output), weights=np.sqrt(alpha_bar_next)[:, None]),
     )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from sdrt.bundle import JsonValue
 from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
+from sdrt.plan.clamping import CLIPPING_FIELDS, THRESHOLDING_FIELDS, asked_clamp
 from sdrt.plan.ddim import integer_timesteps, noised_at, own_timesteps
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import (
@@ -13,19 +14,14 @@ from sdrt.schedule import (
     NoiseSchedule,
     denoised_coefficients,
     read_choice,
-    refuse_flags,
     unsupported_field,
 )
 
 FIELDS: Mapping[str, JsonValue] = {
-    # Absent, it would default to clipping at ±1, which no latent model wants: Stable Diffusion pipelines turn it off.
-    "clip_sample": False,
-    "clip_sample_range": 1.0,
-    "dynamic_thresholding_ratio": 0.995,
+    **CLIPPING_FIELDS,
+    **THRESHOLDING_FIELDS,
     "rescale_betas_zero_snr": False,
-    "sample_max_value": 1.0,
     "steps_offset": 0,
-    "thresholding": False,
     "timestep_spacing": "leading",
     "variance_type": "fixed_small",
 }
@@ -39,9 +35,8 @@ def ddpm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: A
 
     ᾱ' is that of the next timestep of the grid, and 1 after the last. `variance_type` says what σ² is: the smaller
     bound of section 3.2, (1 - ᾱ')/(1 - ᾱ)·β, or the larger one, β. No noise is drawn at timestep 0.
-    RequestError for options that clip or threshold, and for variances that a model predicts.
+    RequestError for variances that a model predicts.
     """
-    refuse_flags(config, "clip_sample", "thresholding")
     refuse_noise(asked)
     refuse_own_grid(asked, "sigmas")
     if asked.timesteps is None:
@@ -66,6 +61,7 @@ def ddpm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: A
         initial_scale=1.0,
         noised=noised_at(schedule, timesteps[0]),
         draws=drawn,
+        clamp=asked_clamp(config, estimates=(x0_sample, x0_output), weights=on_x0[:, None]),
     )
 
 

@@ -12,14 +12,14 @@ from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
 from sdrt.plan.log_snr import (
     COMMON_FIELDS,
     FEW_STEPS,
-    estimate_coefficients,
+    estimate_of,
     exponential_steps,
     log_snr_grid,
     moments,
     multistep_transitions,
     multistep_update,
     plan_on,
-    refuse_nonlinear,
+    refuse_other_models,
 )
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import NoiseSchedule, read_choice, read_flag, read_integer
@@ -49,7 +49,7 @@ def deis_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: A
     """
     refuse_noise(asked)
     refuse_own_grid(asked, "timesteps", "sigmas")
-    refuse_nonlinear(config, "use_dynamic_shifting")
+    refuse_other_models(config, "use_dynamic_shifting")
     read_choice(config, "algorithm_type", _ALGORITHMS)
     read_choice(config, "solver_type", _SOLVER_TYPES)
     order = read_integer(config, "solver_order", minimum=1, maximum=3)
@@ -62,5 +62,5 @@ def deis_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: A
     exact = moments(steps, order)
     integrals = {count: exact[:, :count] for count in range(1, order + 1)}
     predictor = multistep_update(steps, grid.log_snr, orders, integrals, ahead=0)
-    estimate = estimate_coefficients(schedule, grid.levels[:-1], of_x0=False)
-    return plan_on(grid, multistep_transitions(estimate, predictor))
+    estimate = estimate_of(schedule, grid.levels[:-1], of_x0=False)
+    return plan_on(config, schedule, grid, multistep_transitions(estimate, predictor))

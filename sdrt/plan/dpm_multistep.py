@@ -15,14 +15,14 @@ from sdrt.plan.log_snr import (
     FEW_STEPS,
     ExponentialSteps,
     Grid,
-    estimate_coefficients,
+    estimate_of,
     exponential_steps,
     log_snr_grid,
     moments,
     multistep_transitions,
     multistep_update,
     plan_on,
-    refuse_nonlinear,
+    refuse_other_models,
 )
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import Floats, NoiseSchedule, read_choice, read_flag, read_integer, unsupported_field
@@ -57,7 +57,7 @@ def dpm_multistep_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule,
     """
     refuse_noise(asked)
     refuse_own_grid(asked, "sigmas")
-    refuse_nonlinear(config, "use_dynamic_shifting")
+    refuse_other_models(config, "use_dynamic_shifting")
     algorithm = read_algorithm(config, _ALGORITHMS)
     order = read_integer(config, "solver_order", minimum=1, maximum=3)
     if algorithm == "sde-dpmsolver" and order == 3:  # which nobody has worked out
@@ -68,8 +68,8 @@ def dpm_multistep_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule,
     predictor = multistep_update(
         steps, grid.log_snr, _orders(config, grid, order), _integrals(steps, order, read_solver_type(config)), ahead=0
     )
-    estimate = estimate_coefficients(schedule, grid.levels[:-1], of_x0=of_x0)
-    return plan_on(grid, multistep_transitions(estimate, predictor), draws=stochastic)
+    estimate = estimate_of(schedule, grid.levels[:-1], of_x0=of_x0)
+    return plan_on(config, schedule, grid, multistep_transitions(estimate, predictor), draws=stochastic)
 
 
 def read_algorithm(config: Mapping[str, JsonValue], choices: tuple[str, ...]) -> str:

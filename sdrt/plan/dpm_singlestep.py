@@ -13,16 +13,17 @@ from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
 from sdrt.plan.dpm_multistep import read_algorithm, read_solver_type, second_integral
 from sdrt.plan.log_snr import (
     COMMON_FIELDS,
+    Estimate,
     ExponentialSteps,
     Grid,
     Update,
-    estimate_coefficients,
+    estimate_of,
     exponential_steps,
     log_snr_grid,
     moments,
     plan_on,
     polynomial_weights,
-    refuse_nonlinear,
+    refuse_other_models,
 )
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import Floats, NoiseSchedule, read_flag, read_integer
@@ -50,7 +51,7 @@ def dpm_singlestep_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule
     """
     refuse_noise(asked)
     refuse_own_grid(asked, "sigmas")
-    refuse_nonlinear(config, "use_dynamic_shifting")
+    refuse_other_models(config, "use_dynamic_shifting")
     algorithm = read_algorithm(config, _ALGORITHMS)
     order = read_integer(config, "solver_order", minimum=1, maximum=3)
     stochastic, of_x0 = algorithm.startswith("sde-"), algorithm.endswith("++")
@@ -63,8 +64,8 @@ def dpm_singlestep_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule
         rows = np.flatnonzero(orders == each)
         weights[rows] = _weights(steps, grid.log_snr, rows, each, read_solver_type(config)) @ np.eye(each, order)
     update = Update(kept=steps.kept, weights=weights, noise=steps.noise)
-    estimate = estimate_coefficients(schedule, grid.levels[:-1], of_x0=of_x0)
-    return plan_on(grid, _transitions(estimate, update, orders), draws=stochastic)
+    estimate = estimate_of(schedule, grid.levels[:-1], of_x0=of_x0)
+    return plan_on(config, schedule, grid, _transitions(estimate, update, orders), draws=stochastic)
 
 
 def _weights(
@@ -95,16 +96,16 @@ def _orders(config: Mapping[str, JsonValue], grid: Grid, order: int) -> npt.NDAr
     return np.minimum(left, np.arange(1, len(left) + 1))
 
 
-def _transitions(estimate: tuple[Floats, Floats], update: Update, orders: npt.NDArray[np.int64]) -> Floats:
+def _transitions(estimate: Estimate, update: Update, orders: npt.NDArray[np.int64]) -> Floats:
     rows, order = update.weights.shape
     kept = 1 if order == 1 else 2
     slots = kept + order - 1
-    unit = np.eye(slots + 2)
-    latest = estimate[0][:, None] * unit[0] + estimate[1][:, None] * unit[slots]
-    known = np.concatenate([latest[:, None], np.broadcast_to(unit[kept:slots], (rows, order - 1, slots + 2))], axis=1)
+    unit = np.eye(slots + 3)
+    latest = estimate.parts(slots)
+    known = np.concatenate([latest[:, None], np.broadcast_to(unit[kept:slots], (rows, order - 1, slots + 3))], axis=1)
     start = np.where(orders[:, None] == 1, unit[0], unit[kept - 1])
-    transitions = np.zeros((rows, slots, slots + 2))
-    transitions[:, 0] = update.kept[:, None] * start + update.noise[:, None] * unit[-1]
+    transitions = np.zeros((rows, slots, slots + 3))
+    transitions[:, 0] = update.kept[:, None] * start + update.noise[:, None] * unit[slots + 1]
     transitions[:, 0] += np.einsum("rk,rko->ro", update.weights, known)
     if order > 1:
         transitions[:, 1] = start

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdrt.bundle import JsonValue
 from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
-from sdrt.plan.log_snr import Update, multistep_transitions
+from sdrt.plan.log_snr import Estimate, Update, multistep_transitions
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import Floats, NoiseSchedule, unsupported_field
 
@@ -36,10 +36,11 @@ def ipndm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: 
     kept = alpha[1:] / np.maximum(alpha[:-1], _SMALLEST_ALPHA)
     weights = (sigma[1:] - kept * sigma[:-1])[:, None] * _ADAMS_BASHFORTH[np.minimum(np.arange(rows), 3)]
     update = Update(kept=kept, weights=weights, noise=np.zeros(rows))
+    estimate = Estimate(sample=sigma[:-1], output=alpha[:-1], excess=np.zeros(rows))  # never clamped
     return SamplingPlan(
         timesteps=timesteps,
         input_scales=np.ones(rows),
-        transitions=multistep_transitions((sigma[:-1], alpha[:-1]), update),
+        transitions=multistep_transitions(estimate, update)[:, :, :-1],
         initial_scale=1.0,
         noised=(float(alpha[0]), float(sigma[0])),
     )

@@ -8,25 +8,23 @@ import numpy.typing as npt
 from sdrt.bundle import JsonValue
 from sdrt.errors import RequestError
 from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
+from sdrt.plan.clamping import CLIPPING_FIELDS, THRESHOLDING_FIELDS, asked_clamp
 from sdrt.plan.ddim import noised_at, own_timesteps
 from sdrt.plan.rows import SamplingPlan
-from sdrt.schedule import NoiseSchedule, denoised_coefficients, read_integer, read_number, refuse_flags
+from sdrt.schedule import NoiseSchedule, denoised_coefficients, read_integer, read_number
 
 FIELDS: Mapping[str, JsonValue] = {
+    **CLIPPING_FIELDS,
+    **THRESHOLDING_FIELDS,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
-    "clip_sample": False,
-    "clip_sample_range": 1.0,
-    "dynamic_thresholding_ratio": 0.995,
     "original_inference_steps": 50,
     "rescale_betas_zero_snr": False,
-    "sample_max_value": 1.0,
     # The grid is that of distillation, and its last timestep is never passed: these three mean nothing here.
     "set_alpha_to_one": True,
     "steps_offset": 0,
     "timestep_spacing": "leading",
-    "thresholding": False,
     "timestep_scaling": 10.0,
 }
 
@@ -37,9 +35,8 @@ def lcm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: As
     """One row a step, algorithm 3: f = c_skip·x + c_out·x₀, then x' = √ᾱ'·f + √(1 - ᾱ')·noise; the last x' is f.
 
     c_skip = σ²/(s² + σ²), c_out = s/√(s² + σ²) for s = t · `timestep_scaling`, σ = 0.5 (Song et al. 2023, eq. 5).
-    RequestError for options that clip or threshold, and for more steps than `original_inference_steps`.
+    RequestError for more steps than `original_inference_steps`.
     """
-    refuse_flags(config, "clip_sample", "thresholding")
     refuse_noise(asked)
     refuse_own_grid(asked, "sigmas")
     timesteps = consistency_timesteps(config, schedule, asked)
@@ -60,6 +57,7 @@ def lcm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: As
         initial_scale=1.0,
         noised=noised_at(schedule, timesteps[0]),
         draws=np.arange(len(timesteps)) < len(timesteps) - 1,
+        clamp=asked_clamp(config, estimates=(x0_sample, x0_output), weights=(np.sqrt(alpha_bar_next) * c_out)[:, None]),
     )
 
 

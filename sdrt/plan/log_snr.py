@@ -13,6 +13,7 @@ import numpy.typing as npt
 from sdrt.bundle import JsonValue
 from sdrt.errors import RequestError
 from sdrt.plan.asked import AskedSteps, check_descending
+from sdrt.plan.clamping import THRESHOLDING_FIELDS, asked_clamp
 from sdrt.plan.rows import SamplingPlan
 from sdrt.plan.spacing import SPACING_FIELDS, respaced_sigmas
 from sdrt.schedule import (
@@ -32,14 +33,12 @@ from sdrt.schedule import (
 )
 
 COMMON_FIELDS: Mapping[str, JsonValue] = {
-    "dynamic_thresholding_ratio": 0.995,
     "flow_shift": 1.0,
-    "sample_max_value": 1.0,
     "sigma_max": None,
     "sigma_min": None,
-    "thresholding": False,
     "use_flow_sigmas": False,
     **SPACING_FIELDS,
+    **THRESHOLDING_FIELDS,
 }
 # What a grid is made with by samplers that have no such field.
 _GRID_FIELDS: Mapping[str, JsonValue] = {
@@ -107,9 +106,24 @@ class Update:
     noise: Floats
 
 
-def refuse_nonlinear(config: Mapping[str, JsonValue], *more: str) -> None:
-    """RequestError for thresholding, flow sigmas, learned variances and any flag of `more` that is on."""
-    refuse_flags(config, "thresholding", "use_flow_sigmas", *more)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Estimate:
+    """What a row estimates: sample·x + output·model_output + excess·(what clamping changes of x₀). float64 [rows]."""
+
+    sample: Floats
+    output: Floats
+    excess: Floats
+
+    def parts(self, slots: int) -> Floats:
+        """Its parts of [state; model_output; noise; excess], with `slots` state slots: float64 [rows, slots + 3]."""
+        unit = np.eye(slots + 3)
+        columns = ((self.sample, 0), (self.output, slots), (self.excess, slots + 2))
+        return np.asarray(sum(values[:, None] * unit[column] for values, column in columns), np.float64)
+
+
+def refuse_other_models(config: Mapping[str, JsonValue], *more: str) -> None:
+    """RequestError for flow sigmas, learned variances and any flag of `more` that is on."""
+    refuse_flags(config, "use_flow_sigmas", *more)
     if config.get("variance_type") is not None:
         raise unsupported_field("variance_type", config["variance_type"])
 
@@ -203,10 +217,13 @@ def alpha_and_sigma(levels: Floats) -> tuple[Floats, Floats]:
     return alpha, levels * alpha
 
 
-def estimate_coefficients(schedule: NoiseSchedule, levels: Floats, *, of_x0: bool) -> tuple[Floats, Floats]:
-    """(a, b) with estimate = a·x + b·model_output, of x₀ or of the noise: float64, shaped like `levels`."""
+def estimate_of(schedule: NoiseSchedule, levels: Floats, *, of_x0: bool, clamped: bool = True) -> Estimate:
+    """The estimate of x₀ or of the noise at `levels`. clamped: whether it changes with an x₀ that is clamped."""
+    alpha, sigma = alpha_and_sigma(levels)
     coefficients = denoised_coefficients if of_x0 else noise_coefficients
-    return coefficients(schedule.prediction_type, *alpha_and_sigma(levels))
+    sample, output = coefficients(schedule.prediction_type, alpha, sigma)
+    excess = np.ones_like(alpha) if of_x0 else -alpha / sigma
+    return Estimate(sample=sample, output=output, excess=excess if clamped else np.zeros_like(alpha))
 
 
 def exponential_steps(start: Floats, end: Floats, *, of_x0: bool, tau: float | Floats = 0.0) -> ExponentialSteps:
@@ -288,21 +305,21 @@ def multistep_update(
 
 
 def multistep_transitions(
-    estimate: tuple[Floats, Floats], predictor: Update, corrector: Update | None = None, corrects: Floats | None = None
+    estimate: Estimate, predictor: Update, corrector: Update | None = None, corrects: Floats | None = None
 ) -> Floats:
-    """The rows of a multistep method: float64 [rows, slots, slots + 2].
+    """The rows of a multistep method, with a column for what clamping changes: float64 [rows, slots, slots + 3].
 
     State slots: the latents; with a corrector, all that the next row's correction can be made of already; then the past
-    estimates, newest first. estimate: `estimate_coefficients`, of the latents as predicted. corrector: the update
-    from each row to the next with that one's estimate as its first term; corrects: [rows], whether that one uses it.
+    estimates, newest first. estimate: that of the latents as predicted. corrector: the update from each row to the next
+    with that one's estimate as its first term; corrects: [rows], whether that one uses it.
     """
     rows, terms = predictor.weights.shape
     kept = 1 if corrector is None else 2
     past = max(terms, 0 if corrector is None else corrector.weights.shape[1] - 1) - 1
     slots = kept + past
-    unit = np.eye(slots + 2)
-    latest = estimate[0][:, None] * unit[0] + estimate[1][:, None] * unit[slots]
-    known = np.concatenate([latest[:, None], np.broadcast_to(unit[kept:slots], (rows, past, slots + 2))], axis=1)
+    unit = np.eye(slots + 3)
+    latest = estimate.parts(slots)
+    known = np.concatenate([latest[:, None], np.broadcast_to(unit[kept:slots], (rows, past, slots + 3))], axis=1)
     sample = np.tile(unit[0], (rows, 1))
     if corrector is not None and corrects is not None:
         using = np.flatnonzero(corrects[:-1]) + 1
@@ -310,9 +327,9 @@ def multistep_transitions(
 
     def updated(update: Update, weights: Floats) -> Floats:
         summed = np.einsum("rk,rko->ro", weights, known[:, : weights.shape[1]])
-        return np.asarray(update.kept[:, None] * sample + summed + update.noise[:, None] * unit[-1], np.float64)
+        return np.asarray(update.kept[:, None] * sample + summed + update.noise[:, None] * unit[slots + 1], np.float64)
 
-    transitions = np.zeros((rows, slots, slots + 2))
+    transitions = np.zeros((rows, slots, slots + 3))
     transitions[:, 0] = updated(predictor, predictor.weights)
     if corrector is not None:
         transitions[:, 1] = updated(corrector, corrector.weights[:, 1:])
@@ -320,14 +337,27 @@ def multistep_transitions(
     return transitions
 
 
-def plan_on(grid: Grid, transitions: Floats, *, draws: bool = False) -> SamplingPlan:
-    """The plan of these rows, for latents of unit variance. draws: every row draws noise, added or not."""
-    alpha, sigma = alpha_and_sigma(grid.levels[:1])
+def plan_on(
+    config: Mapping[str, JsonValue],
+    schedule: NoiseSchedule,
+    grid: Grid,
+    transitions: Floats,
+    *,
+    draws: bool = False,
+) -> SamplingPlan:
+    """The plan of these rows, for latents of unit variance.
+
+    transitions: with a column for what clamping changes of x₀, [rows, slots, slots + 3]. draws: every row draws noise,
+    added or not.
+    """
+    alpha, sigma = alpha_and_sigma(grid.levels[:-1])
+    x0 = denoised_coefficients(schedule.prediction_type, alpha, sigma)
     return SamplingPlan(
         timesteps=grid.timesteps,
         input_scales=np.ones(len(grid)),
-        transitions=transitions,
+        transitions=transitions[:, :, :-1],
         initial_scale=1.0,
         noised=(float(alpha[0]), float(sigma[0])),
         draws=np.ones(len(grid), np.bool_) if draws else None,
+        clamp=asked_clamp(config, estimates=x0, weights=transitions[:, :, -1]),
     )

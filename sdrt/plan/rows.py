@@ -9,12 +9,32 @@ MAX_STATE_SLOTS = 6  # PNDM needs the most: latents, the restored sample and fou
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Clamp:
+    """What a plan does with an x₀ that is too large: its estimate is cut to ± `limit` before it counts.
+
+    With a `ratio`, it is cut to ± that quantile of |x₀|, which is 1 to `limit`, and divided by it.
+
+    estimates: float64 [rows, 2], (a, b) with x₀ = a · S[0] + b · model_output. weights: float64 [rows, n], how much the
+    next state's slots have of x₀; they get that much of what is cut off. The arrays are read-only.
+    """
+
+    estimates: npt.NDArray[np.float64]
+    weights: npt.NDArray[np.float64]
+    limit: float
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        self.estimates.setflags(write=False)
+        self.weights.setflags(write=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SamplingPlan:
     """One request's whole sampling, as a matrix program over n state slots.
 
     Row k means: evaluate the network on ``input_scales[k] * S[0]`` at ``timesteps[k]``, then
     ``S = transitions[k] @ [S; model_output; noise]``. S[0] is the latents; S starts as
-    ``initial_scale * noise`` in slot 0 and zeros elsewhere.
+    ``initial_scale * noise`` in slot 0 and zeros elsewhere. That is all of a linear sampler; `clamp` is what others do.
 
     timesteps: float64 [rows]; input_scales: float64 [rows]; transitions: float64 [rows, n, n + 2].
     noised: (a, b), with which the latents of an image enter at row 0: S[0] = a · latents + b · noise.
@@ -28,6 +48,7 @@ class SamplingPlan:
     initial_scale: float
     noised: tuple[float, float]
     draws: npt.NDArray[np.bool_] | None = None
+    clamp: Clamp | None = None
 
     def __post_init__(self) -> None:
         for array in (self.timesteps, self.input_scales, self.transitions, self.draws):
@@ -48,9 +69,22 @@ class SamplingPlan:
         return bool(np.any(self.transitions[row, :, -1]) if self.draws is None else self.draws[row])
 
     def padded_transitions(self, rows: slice, slots: int) -> npt.NDArray[np.float32]:
-        """The rows' transitions for a step graph of `slots` ≥ n state slots: float32 [rows, slots, slots + 2]."""
+        """The rows' transitions for a step graph of `slots` ≥ n state slots: float32 [rows, slots, slots + 3].
+
+        The last column is that of what clamping changes.
+        """
         own, chosen = self.slots, self.transitions[rows]
-        wide = np.zeros((len(chosen), slots, slots + 2), np.float32)
+        wide = np.zeros((len(chosen), slots, slots + 3), np.float32)
         wide[:, :own, :own] = chosen[:, :, :own]
-        wide[:, :own, slots:] = chosen[:, :, own:]
+        wide[:, :own, slots:-1] = chosen[:, :, own:]
+        if self.clamp is not None:
+            wide[:, :own, -1] = self.clamp.weights[rows]
+        return wide
+
+    def clamps(self, rows: slice) -> npt.NDArray[np.float32]:
+        """The rows' (a, b, limit) of `Clamp`: float32 [rows, 3]; zeros, of which nothing is cut off, without one."""
+        wide = np.zeros((len(self.timesteps[rows]), 3), np.float32)
+        if self.clamp is not None:
+            wide[:, :2] = self.clamp.estimates[rows]
+            wide[:, 2] = self.clamp.limit
         return wide

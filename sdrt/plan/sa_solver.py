@@ -11,14 +11,14 @@ from sdrt.bundle import JsonValue
 from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
 from sdrt.plan.log_snr import (
     COMMON_FIELDS,
-    estimate_coefficients,
+    estimate_of,
     exponential_steps,
     log_snr_grid,
     moments,
     multistep_transitions,
     multistep_update,
     plan_on,
-    refuse_nonlinear,
+    refuse_other_models,
 )
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import NoiseSchedule, read_choice, read_flag, read_integer, unsupported_field
@@ -47,7 +47,7 @@ def sa_solver_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, ask
     """
     refuse_noise(asked)
     refuse_own_grid(asked, "timesteps", "sigmas")
-    refuse_nonlinear(config)
+    refuse_other_models(config)
     if config["tau_func"] is not None:
         raise unsupported_field("tau_func", config["tau_func"])
     of_x0 = read_choice(config, "algorithm_type", ("data_prediction", "noise_prediction")) == "data_prediction"
@@ -71,5 +71,7 @@ def sa_solver_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, ask
     corrector = multistep_update(
         steps, grid.log_snr, orders, {count: integrals[count] for count in range(1, correcting + 1)}, ahead=1
     )
-    estimate = estimate_coefficients(schedule, grid.levels[:-1], of_x0=of_x0)
-    return plan_on(grid, multistep_transitions(estimate, predictor, corrector, np.ones(len(grid))), draws=True)
+    estimate = estimate_of(schedule, grid.levels[:-1], of_x0=of_x0)
+    return plan_on(
+        config, schedule, grid, multistep_transitions(estimate, predictor, corrector, np.ones(len(grid))), draws=True
+    )

@@ -10,7 +10,7 @@ from sdrt.plan import lcm
 from sdrt.plan.asked import AskedSteps, refuse_own_grid
 from sdrt.plan.ddim import noised_at
 from sdrt.plan.rows import SamplingPlan
-from sdrt.schedule import NoiseSchedule, denoised_coefficients, noise_coefficients, refuse_flags
+from sdrt.schedule import NoiseSchedule, denoised_coefficients, noise_coefficients
 
 FIELDS: Mapping[str, JsonValue] = lcm.FIELDS  # timestep_scaling among them, though nothing here depends on it
 DEFAULT_ETA = 0.3  # the paper's γ, where a request does not name one
@@ -21,9 +21,8 @@ def tcd_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: As
 
     x' = √(ᾱ'/ᾱ_s)·x_s + √(1 - ᾱ'/ᾱ_s)·noise; t' is the next timestep of the grid, 0 after the last, which adds no
     noise. γ is `asked.eta`: 0 is deterministic, 1 the sampling of LCM without its boundary scalings.
-    RequestError for options that clip or threshold, and for a γ outside 0 to 1.
+    The reference reads options that clip or threshold, and does neither. RequestError for a γ outside 0 to 1.
     """
-    refuse_flags(config, "clip_sample", "thresholding")
     refuse_own_grid(asked, "sigmas")
     if not 0 <= asked.eta <= 1:
         raise RequestError(f"eta is {asked.eta:g}", hint="give an eta from 0 to 1")

@@ -14,14 +14,14 @@ from sdrt.plan.log_snr import (
     COMMON_FIELDS,
     ExponentialSteps,
     Grid,
-    estimate_coefficients,
+    estimate_of,
     exponential_steps,
     log_snr_grid,
     moments,
     multistep_transitions,
     multistep_update,
     plan_on,
-    refuse_nonlinear,
+    refuse_other_models,
 )
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import Floats, NoiseSchedule, read_choice, read_flag, read_integer, unsupported_field
@@ -53,7 +53,7 @@ def unipc_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: 
     """
     refuse_noise(asked)
     refuse_own_grid(asked, "timesteps", "sigmas")
-    refuse_nonlinear(config, "use_dynamic_shifting")
+    refuse_other_models(config, "use_dynamic_shifting")
     for name in ("solver_p", "shift_terminal"):
         if config[name] is not None:
             raise unsupported_field(name, config[name])
@@ -72,8 +72,8 @@ def unipc_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: 
     predictor = multistep_update(steps, grid.log_snr, orders, predicted, ahead=0)
     # No row comes after the last one to be corrected.
     corrector = multistep_update(steps, grid.log_snr, np.where(left > 1, orders + 1, 0), corrected, ahead=1)
-    estimate = estimate_coefficients(schedule, grid.levels[:-1], of_x0=of_x0)
-    return plan_on(grid, multistep_transitions(estimate, predictor, corrector, corrects))
+    estimate = estimate_of(schedule, grid.levels[:-1], of_x0=of_x0, clamped=of_x0)
+    return plan_on(config, schedule, grid, multistep_transitions(estimate, predictor, corrector, corrects))
 
 
 def _integrals(

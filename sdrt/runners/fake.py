@@ -1,7 +1,7 @@
 """`FakeRunner`: the step graph's exact contract in numpy, around a cheap stand-in for the network, for tests."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -69,7 +69,7 @@ class FakeRunner:
 
     def _step(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
         _check_step(feeds, self.embeds_dim)
-        state, guidance = feeds["state"].astype(np.float32), feeds["guidance"].astype(np.float32)
+        state = feeds["state"].astype(np.float32)
         self.batches.append(len(state))
         scaled = state[:, 0] * feeds["input_scale"].astype(np.float32)[:, None, None, None]
         lanes = [
@@ -82,10 +82,14 @@ class FakeRunner:
         for index in range(len(state)):
             # Summed lane by lane, so that the arithmetic of one request is the same in every batch. Lanes of weight 0
             # count, as in a real engine: 0 * NaN is NaN, so one bad lane spoils every request of the step.
-            output = np.zeros_like(scaled[index])
-            for weight, lane in zip(guidance[index], lanes, strict=True):
-                output = output + weight * lane
-            sources = np.concatenate([state[index], output[None], feeds["noise"][index][None]])
+            output, aim = (_combined(feeds[name][index], lanes) for name in ("guidance", "rescale_lanes"))
+            share = feeds["guidance_rescale"][index]
+            if share != 0:
+                output = output * (share * aim.std() / output.std() + 1 - share)
+            on_latents, on_output, limit = feeds["clamp"][index]
+            x0 = on_latents * state[index, 0] + on_output * output
+            excess = np.clip(x0, -limit, limit) - x0
+            sources = np.concatenate([state[index], np.stack([output, feeds["noise"][index], excess])])
             following[index] = np.einsum("nk,kchw->nchw", feeds["transition"][index], sources)
         return {"next_state": following.astype(np.float32)}
 
@@ -119,7 +123,10 @@ def _check_step(feeds: Mapping[str, Array], embeds_dim: int) -> None:
             "timestep": ("f", (lanes,)),
             "prompt_embeds": ("f", (lanes, length, embeds_dim)),
             "guidance": ("f", (requests, lanes)),
-            "transition": ("f", (requests, slots, slots + 2)),
+            "rescale_lanes": ("f", (requests, lanes)),
+            "guidance_rescale": ("f", (requests,)),
+            "clamp": ("f", (requests, 3)),
+            "transition": ("f", (requests, slots, slots + 3)),
             "noise": ("f", (requests, channels, height, width)),
         },
     )
@@ -153,6 +160,13 @@ def _shape(feeds: Mapping[str, Array], name: str, rank: int) -> tuple[int, ...]:
 
 def _misfed(component: str, what: str) -> BackendError:
     return BackendError(f"{component} was fed wrongly: {what}", hint="see the step graph in docs/architecture.md")
+
+
+def _combined(weights: Array, lanes: Sequence[FloatArray]) -> FloatArray:
+    output = np.zeros_like(lanes[0])
+    for weight, lane in zip(weights.astype(np.float32), lanes, strict=True):
+        output = output + weight * lane
+    return output
 
 
 def _network(sample: FloatArray, timestep: float, embeds: Array) -> FloatArray:

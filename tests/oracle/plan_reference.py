@@ -12,6 +12,7 @@ import torch
 
 from sdrt.plan import SamplingPlan, build_plan
 from sdrt.plan.asked import AskedSteps
+from sdrt.plan.rows import Clamp
 from sdrt.plan.spacing import SPACING_FIELDS
 from sdrt.schedule import SCHEDULE_FIELDS, NoiseSchedule
 
@@ -142,9 +143,21 @@ def run_plan(plan, feedback: float = 0.0) -> list[np.ndarray]:
     for row in range(len(plan)):
         output = noise[1 + 2 * row] + feedback * plan.input_scales[row] * state[0]
         operands = np.concatenate([state, output[None], noise[2 + 2 * row][None]])
+        excess = 0.0 if plan.clamp is None else clamped_excess(plan.clamp, row, state[0], output)
         state = np.tensordot(plan.transitions[row], operands, 1)
+        if plan.clamp is not None:
+            state = state + plan.clamp.weights[row].reshape(-1, 1, 1, 1, 1) * excess
         states.append(state[0])
     return states
+
+
+def clamped_excess(clamp: Clamp, row: int, latents: np.ndarray, output: np.ndarray) -> np.ndarray:
+    """What clamping changes of x₀, by the definition that `Clamp` states."""
+    x0 = clamp.estimates[row, 0] * latents + clamp.estimates[row, 1] * output
+    if clamp.ratio is None:
+        return np.clip(x0, -clamp.limit, clamp.limit) - x0
+    limit = np.clip(np.quantile(np.abs(x0), clamp.ratio), 1, clamp.limit)
+    return np.clip(x0, -limit, limit) / limit - x0
 
 
 def assert_agrees(plan, reference: Reference, tolerance: float = TOLERANCE, timestep_tolerance: float = 0.0) -> None:

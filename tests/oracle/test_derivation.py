@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdrt.errors import RequestError
-from sdrt.plan.derive import derive
+from sdrt.plan.derivation import derive
 from tests.oracle.plan_reference import STABLE_DIFFUSION, assert_agrees, make_scheduler, run_reference
 
 pytestmark = [
