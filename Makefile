@@ -10,7 +10,7 @@ GPU_OUT ?= build/gpu-check
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format oracle kernels train-shapes score-shapes bench-sd15 bench-sd15-aot gpu-check gpu-kit clean
+.PHONY: help setup demo test check format oracle kernels train-shapes score-shapes bench-host bench-sd15 bench-sd15-aot gpu-check gpu-kit clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -44,6 +44,10 @@ check: $(STAMP)  ## lint, format, types, import contracts
 
 oracle: $(STAMP)  ## every scheduler with every option against diffusers; writes docs/schedulers.md
 	$(BIN)/python -m tests.oracle.scheduler_table docs/schedulers.md
+
+bench-host: $(STAMP)  ## what a plan costs, and a step beside the engines
+	mkdir -p benchmarks/results
+	$(BIN)/python -m sdrt.benchmarks.host --out benchmarks/results/host-work.json
 
 kernels:  ## compile the GPU kernels of the runtime again, after a change to them
 	$(PYTHON) -m venv build/venv-kernels

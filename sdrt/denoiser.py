@@ -20,14 +20,19 @@ def step_trajectories(runner: Runner, trajectories: Sequence[Trajectory]) -> dic
     states = run_step(runner, trajectories)
     finite = [bool(np.isfinite(state).all()) for state in states]
     if not all(finite) and len(trajectories) > 1:
-        faults: dict[Trajectory, ParityError] = {}
-        for trajectory in trajectories:
-            faults |= step_trajectories(runner, [trajectory])
-        return faults
+        return step_alone(runner, trajectories)
     for trajectory, state in zip(trajectories, states, strict=True):
         if all(finite):
             trajectory.advance(state)
     return {} if all(finite) else {trajectories[0]: not_finite(trajectories[0])}
+
+
+def step_alone(runner: Runner, trajectories: Sequence[Trajectory]) -> dict[Trajectory, ParityError]:
+    """`step_trajectories` of one after the other."""
+    faults: dict[Trajectory, ParityError] = {}
+    for trajectory in trajectories:
+        faults |= step_trajectories(runner, [trajectory])
+    return faults
 
 
 def run_step(runner: Runner, trajectories: Sequence[Trajectory]) -> list[FloatArray]:

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 
-from sdrt.denoiser import lasting_inputs, not_finite, pad_inputs, row_inputs, step_trajectories
+from sdrt.denoiser import lasting_inputs, not_finite, pad_inputs, row_inputs, step_alone
 from sdrt.errors import ParityError
-from sdrt.runners.base import Runner, SteppingRunner, Steps
+from sdrt.runners.base import STEP, Array, FloatArray, Runner, SteppingRunner, Steps
 from sdrt.trajectory import Trajectory
 
 Faults = dict[Trajectory, ParityError]
@@ -53,16 +54,34 @@ def open_batch(runner: Runner, trajectories: Sequence[Trajectory]) -> StepBatch:
 
 
 class _HostBatch:
-    """Each row is a call of the runner, and collected at once."""
+    """Each row is a call of the runner, and collected at once.
+
+    What stays from row to row is put together once, and the next row's noise is drawn while the runner works.
+    """
 
     def __init__(self, runner: Runner, trajectories: tuple[Trajectory, ...]) -> None:
         self.trajectories = trajectories
         self._runner = runner
         self._seconds: list[float] = []
+        self._lasting: dict[str, Array] = {}
+        self._rows: dict[str, Array] = {}
+        self._row = self._left = 0  # of the rows that have the same lanes
+        drawing = any(item.plan.draws_noise(row) for item in trajectories for row in range(item.row, len(item.plan)))
+        self._drawer = ThreadPoolExecutor(1, thread_name_prefix="sdrt-noise") if drawing else None
+        self._drawn: Future[None] | None = None
 
     def advance(self) -> Faults:
         began = time.perf_counter()
-        faults = step_trajectories(self._runner, self.trajectories)
+        if self._left == 0:
+            self._open()
+        feeds = self._feeds()
+        if self._drawer is not None:
+            self._drawn = self._drawer.submit(_draw_ahead, self.trajectories)
+        try:
+            state = self._runner.run(STEP, feeds)["next_state"]
+        finally:
+            self._wait_for_noise()
+        faults = self._take(state)
         self._seconds.append(time.perf_counter() - began)
         return faults
 
@@ -77,7 +96,52 @@ class _HostBatch:
         return None
 
     def close(self) -> None:
-        return
+        if self._drawer is not None:
+            self._drawer.shutdown()
+
+    def _open(self) -> None:
+        """Put together what the rows until the next change of lanes need."""
+        self._row, self._left = 0, min(item.rows_alike for item in self.trajectories)
+        self._lasting = lasting_inputs(self.trajectories)
+        self._lasting["noise"] = np.zeros_like(self._lasting["state"][:, 0])
+        self._rows = row_inputs(self.trajectories, self._left)
+
+    def _feeds(self) -> dict[str, Array]:
+        noise = self._lasting["noise"]
+        for index, item in enumerate(self.trajectories):
+            if item.plan.draws_noise(item.row):
+                noise[index] = item.noise()
+            elif item.row and item.plan.draws_noise(item.row - 1):
+                noise[index] = 0
+        return self._lasting | {name: rows[self._row] for name, rows in self._rows.items()}
+
+    def _take(self, state: FloatArray) -> Faults:
+        """Advance by one row to `state`. Where it is not finite, each is tried alone: see `step_trajectories`."""
+        if not _all_finite(state):
+            self._left = 0
+            return step_alone(self._runner, self.trajectories)
+        for item, own in zip(self.trajectories, state, strict=True):
+            item.advance(own)
+        self._lasting["state"] = state
+        self._row += 1
+        self._left -= 1
+        return {}
+
+    def _wait_for_noise(self) -> None:
+        if self._drawn is not None:
+            self._drawn.result()
+            self._drawn = None
+
+
+def _draw_ahead(trajectories: Sequence[Trajectory]) -> None:
+    for item in trajectories:
+        item.draw_ahead()
+
+
+def _all_finite(values: FloatArray) -> bool:
+    """A sum is not finite if a term is not; where only the sum is too large, every value is looked at."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
 
 
 class _DeviceBatch:

@@ -20,6 +20,7 @@ class Trajectory:
     state: FloatArray
     row: int = 0
     _noise: FloatArray | None = field(default=None, repr=False)
+    _next_noise: FloatArray | None = field(default=None, repr=False)
 
     @property
     def finished(self) -> bool:
@@ -60,6 +61,12 @@ class Trajectory:
             self._noise = self.generator.randn((1, *shape))[0] if fresh else np.zeros(shape, np.float32)
         return self._noise
 
+    def draw_ahead(self) -> None:
+        """Draw the noise of the row after this one now, once; this row's own was asked for before."""
+        following = self.row + 1
+        if self._next_noise is None and following < len(self.plan) and self.plan.draws_noise(following):
+            self._next_noise = self.generator.randn((1, *self.state.shape[1:]))[0]
+
     def next_noise(self, ahead: int) -> RowNoise:
         """The noise of the row that is `ahead` of this one, drawn now: to be asked for once for each row, in order."""
         if not self.plan.draws_noise(self.row + ahead):
@@ -72,7 +79,7 @@ class Trajectory:
         """Take the state after `rows` rows, float32 [n, C, h, w]."""
         self.state = state
         self.row += rows
-        self._noise = None
+        self._noise, self._next_noise = self._next_noise, None
 
 
 def start_trajectory(

@@ -73,6 +73,46 @@ def test_the_grid_reproduces_all_of_its_images(tiny_bundle, tmp_path):
         assert (tmp_path / f"a-{number}.png").read_bytes() == (tmp_path / f"b-{number}.png").read_bytes()
 
 
+def test_a_seed_for_each_image_and_the_grid_remembers_them(tiny_bundle, tmp_path, capsys):
+    options = ("--steps", 1, "--seed", "9,4", "--grid", "--out", tmp_path / "a.png")
+    assert drawn(capsys, "run", tiny_bundle, "x", *options)["seeds"] == [9, 4]
+    assert drawn(capsys, "run", tiny_bundle, "--from-image", tmp_path / "a-grid.png", "--out", tmp_path / "b.png")
+    for number in (1, 2):
+        assert (tmp_path / f"a-{number}.png").read_bytes() == (tmp_path / f"b-{number}.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "remembered"),
+    [
+        (("--scheduler", "ddpm", "--timesteps", "900,500,20"), {"timesteps": [900, 500, 20], "num_inference_steps": 3}),
+        (("--scheduler", "euler", "--sigmas", "14,3,0"), {"sigmas": [14, 3, 0], "num_inference_steps": 2}),
+        (("--scheduler", "tcd", "--steps", 3, "--eta", 0.3), {"eta": 0.3}),
+        (("--steps", 2, "--guidance-rescale", 0.7), {"guidance_rescale": 0.7}),
+    ],
+)
+def test_what_a_scheduler_was_asked_is_remembered(options, remembered, tiny_bundle, tmp_path, capsys):
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    drawn(capsys, "run", tiny_bundle, "x", "--seed", 1, *options, "--out", first)
+    assert remembered.items() <= read_parameters(first).items()
+    assert sdrt("run", tiny_bundle, "--from-image", first, "--out", again) == 0
+    assert again.read_bytes() == first.read_bytes()
+
+
+def test_new_steps_take_the_place_of_remembered_timesteps(tiny_bundle, tmp_path, capsys):
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    drawn(capsys, "run", tiny_bundle, "x", "--scheduler", "ddpm", "--timesteps", "900,20", "--out", first)
+    drawn(capsys, "run", tiny_bundle, "--from-image", first, "--steps", 3, "--out", again)
+    parameters = read_parameters(again)
+    assert (parameters["num_inference_steps"], parameters["timesteps"]) == (3, None)
+
+
+def test_schedulers_lists_names_classes_and_spacings(capsys):
+    listed = {each["name"]: each for each in drawn(capsys, "schedulers")["schedulers"]}
+    assert listed["dpmpp_3m_sde"]["class"] == "DPMSolverMultistepScheduler"
+    assert listed["dpmpp_3m_sde"]["sets"] == {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+    assert listed["euler"]["spacings"] == ["karras", "exponential", "beta"]
+
+
 def test_diffusers_names_are_aliases(tiny_bundle, tmp_path, capsys):
     ours = ("--steps", 2, "--guidance-scale", 0, "--size", "96x64")
     theirs = ("--num-inference-steps", 2, "--cfg-scale", 0, "--width", 96, "--height", 64)

@@ -190,7 +190,6 @@ def test_timesteps_of_ones_own_contradict_a_sigma_spacing(field: str, name: str)
         ("edm_euler", {"sigma_schedule": "linear"}),
         ("edm_euler", {"sigma_min": 0.0}),
         ("edm_euler", {"rho": 0.0}),
-        ("edm_dpm_multistep", {"thresholding": True}),
         ("edm_dpm_multistep", {"algorithm_type": "dpmsolver"}),
         ("edm_dpm_multistep", {"algorithm_type": "deis"}),
         ("edm_dpm_multistep", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdrt.batcher import Batcher
-from sdrt.denoiser import lasting_inputs, row_inputs
+from sdrt.denoiser import lasting_inputs, row_inputs, step_trajectories
 from sdrt.errors import BackendError, ParityError
 from sdrt.pipeline import Pipeline
 from sdrt.request import Request
@@ -64,9 +64,9 @@ def drawn(pipeline, each):
 MIXTURE = (
     request(),
     request(scheduler="euler", guidance_scale=1.0, seed=2),
-    request(**STOCHASTIC, seed=3),
+    request(scheduler="sa_solver", seed=3),
     request(**STOCHASTIC, generator="cuda", seed=4),
-    request(guidance_start=0.25, guidance_end=0.75, seed=5),
+    request(guidance_start=0.25, guidance_end=0.75, guidance_rescale=0.6, seed=5),
 )
 
 
@@ -404,3 +404,46 @@ def test_whatever_happens_between_steps_their_states_are_those_of_the_host(
             assert batch.trajectories[0].row == plain[name].trajectories[0].row
             np.testing.assert_array_equal(batch.trajectories[0].state, plain[name].trajectories[0].state)
             batch.close()
+
+
+class TestOnTheHost:
+    """A batch puts together once what stays, and draws noise ahead: both must not be seen."""
+
+    def test_rows_are_those_of_steps_that_put_everything_together_anew(self, host):
+        requests = [each for each in MIXTURE if each.generator == "cpu"]
+        batched, alone = (trajectories(host, *requests) for _ in range(2))
+        batch = open_batch(host.runner, batched)
+        for _ in range(min(len(path.plan) for path in batched)):
+            assert batch.advance() == {}
+            assert step_trajectories(host.runner, alone) == {}
+            for ours, theirs in zip(batched, alone, strict=True):
+                assert np.array_equal(ours.state, theirs.state)
+        batch.close()
+
+    def test_noise_drawn_ahead_is_kept_when_the_batch_changes(self, host):
+        paths, alone = (trajectories(host, request(scheduler="euler_a")) for _ in range(2))
+        for _ in range(len(paths[0].plan)):
+            batch = open_batch(host.runner, paths)
+            assert batch.advance() == {}
+            batch.close()
+            assert step_trajectories(host.runner, alone) == {}
+        assert np.array_equal(paths[0].state, alone[0].state)
+
+    def test_a_sum_too_large_for_float32_is_no_fault(self, host):
+        (path,) = trajectories(host, request())
+        path.state[5] = 3e38  # a slot that its plan does not use, and that therefore stays what it is
+        before = path.row
+        batch = open_batch(FakeStep(), [path])
+        assert batch.advance() == {}
+        assert path.row == before + 1
+        batch.close()
+
+
+class FakeStep:
+    """Gives back the state."""
+
+    def run(self, component, feeds):
+        return {"next_state": feeds["state"].copy()}
+
+    def close(self):
+        pass

@@ -9,14 +9,14 @@ import numpy as np
 
 from sdrt.bundle import JsonValue
 from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
-from sdrt.plan.rows import SamplingPlan
+from sdrt.plan.clamping import THRESHOLDING_FIELDS, asked_clamp
+from sdrt.plan.rows import Clamp, SamplingPlan
 from sdrt.schedule import (
     Floats,
     read_choice,
     read_flag,
     read_integer,
     read_number,
-    refuse_flags,
     rounded_to_float32,
     unsupported_field,
 )
@@ -35,13 +35,11 @@ EULER_FIELDS: Mapping[str, JsonValue] = _FIELDS
 DPM_MULTISTEP_FIELDS: Mapping[str, JsonValue] = {
     **_FIELDS,
     "algorithm_type": "dpmsolver++",
-    "dynamic_thresholding_ratio": 0.995,
     "euler_at_final": False,
     "lower_order_final": True,
-    "sample_max_value": 1.0,
     "solver_order": 2,
     "solver_type": "midpoint",
-    "thresholding": False,
+    **THRESHOLDING_FIELDS,
 }
 
 _FEW_STEPS = 15  # below this, `lower_order_final` lowers the order of the last two steps
@@ -71,11 +69,10 @@ def edm_dpm_multistep_plan(config: Mapping[str, JsonValue], asked: AskedSteps) -
 
     The first rows have fewer estimates behind them; the last is of order 1 if it lands on sigma zero, with
     `euler_at_final`, or with `lower_order_final` and fewer than 15 steps, which keeps the one before it to order 2.
-    RequestError for thresholding, a grid of one's own, and order 3 of the SDE, which is not defined.
+    RequestError for a grid of one's own, and order 3 of the SDE, which is not defined.
     """
     refuse_noise(asked)
     refuse_own_grid(asked, "timesteps", "sigmas")
-    refuse_flags(config, "thresholding")
     order, stochastic = _solver(config)
     sigmas = _sigmas(config, asked.num_inference_steps)
     final = read_number(config, "sigma_min") if _ends_on_sigma_min(config) else 0.0
@@ -93,11 +90,19 @@ def edm_dpm_multistep_plan(config: Mapping[str, JsonValue], asked: AskedSteps) -
         transitions[:, range(2, order), range(1, order - 1)] = 1
     if stochastic:
         transitions[:, 0, order + 1] = levels[1:] * np.sqrt(1 - kept**2)
-    return _plan(config, levels, transitions, draws=np.full(rows, stochastic))
+    weights = np.zeros((rows, order))
+    weights[:, 0], weights[:, 1:2] = estimates[:, 0], 1  # of x₀, in the latents and as the newest estimate
+    clamp = asked_clamp(config, estimates=(x0_sample, x0_output), weights=weights)
+    return _plan(config, levels, transitions, draws=np.full(rows, stochastic), clamp=clamp)
 
 
 def _plan(
-    config: Mapping[str, JsonValue], levels: Floats, transitions: Floats, draws: np.ndarray | None = None
+    config: Mapping[str, JsonValue],
+    levels: Floats,
+    transitions: Floats,
+    *,
+    draws: np.ndarray | None = None,
+    clamp: Clamp | None = None,
 ) -> SamplingPlan:
     """levels: float64 [rows + 1], the sigmas before each row and after the last."""
     sigmas = levels[:-1]
@@ -108,6 +113,7 @@ def _plan(
         initial_scale=float(np.hypot(read_number(config, "sigma_max"), 1)),
         noised=(1.0, float(sigmas[0])),
         draws=draws,
+        clamp=clamp,
     )
 
 

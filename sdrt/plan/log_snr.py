@@ -124,7 +124,7 @@ class Estimate:
 def refuse_other_models(config: Mapping[str, JsonValue], *more: str) -> None:
     """RequestError for flow sigmas, learned variances and any flag of `more` that is on."""
     refuse_flags(config, "use_flow_sigmas", *more)
-    if config.get("variance_type") is not None:
+    if config.get("variance_type") in ("learned", "learned_range"):
         raise unsupported_field("variance_type", config["variance_type"])
 
 

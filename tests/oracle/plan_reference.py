@@ -107,7 +107,8 @@ def run_reference(
                 setattr(scheduler, name, getattr(scheduler, name).double())
     timesteps = scheduler.timesteps[begin:]
     noise = torch.from_numpy(draws(len(timesteps))).to(dtype)
-    initial = float(scheduler.init_noise_sigma)
+    initial = float(getattr(scheduler, "init_noise_sigma", 1.0))  # flow matching has neither this nor an input scale
+    scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     sample = noise[0] * initial
     states, scales = [], []
     drawn = [False] * len(timesteps)
@@ -121,7 +122,7 @@ def run_reference(
                 return noise[2 + 2 * row].reshape(shape)
 
             patch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", draw, raising=False)
-            scales.append(float(scheduler.scale_model_input(torch.ones(1, dtype=dtype), timestep)))
+            scales.append(float(scale(torch.ones(1, dtype=dtype), timestep)))
             options = {"eta": eta, "variance_noise": noise[2 + 2 * row]} if handed_over else {}
             output = noise[1 + 2 * row] + feedback * scales[-1] * sample
             sample = scheduler.step(output, timestep, sample, **options).prev_sample
