@@ -73,7 +73,7 @@ def test_a_plan_has_as_many_rows_as_evaluations(name: str, steps: int):
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_step_count_gives_a_finite_plan_or_a_request_error(name: str, spacing: str):
     refused = []
-    for steps in (*range(1, 120), 250, 333, 500, 998, 999, 1000):
+    for steps in (*range(1, 20), 33, 50, 51, 77, 250, 333, 500, 998, 999, 1000):
         try:
             plan = plan_of(name, steps, timestep_spacing=spacing)
         except RequestError:

@@ -12,6 +12,7 @@
 
 import copy
 import inspect
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -106,9 +107,7 @@ class _Probe:
         self._timesteps = scheduler.timesteps[begin:]
         self._torch: ModuleType | None = None
         if type(scheduler.timesteps).__module__.partition(".")[0] == "torch":
-            import torch
-
-            self._torch = torch
+            self._torch = sys.modules["torch"]  # the object brought it; the runtime itself never loads it
         self.initial_scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
         self.name = type(scheduler).__name__
 

@@ -16,7 +16,7 @@ from sdrt.plan.rows import Clamp
 from sdrt.plan.spacing import SPACING_FIELDS
 from sdrt.schedule import SCHEDULE_FIELDS, NoiseSchedule
 
-STEPS = (1, 2, 3, 4, 7, 10, 20, 25, 30, 50)
+STEPS = (1, 2, 3, 7, 20, 50)
 MANY = 0  # stands for the most steps that every family can do with the spacing
 SPACINGS = ("leading", "trailing", "linspace")
 # Measured against float64 steps: 1e-13 where the sigmas are equal. Vendors' float32 square roots differ in the last

@@ -144,5 +144,5 @@ def test_an_object_without_timesteps_or_of_another_shape_is_refused():
 
 
 def test_deriving_does_not_load_torch_for_an_object_that_does_not_use_it():
-    code = "import sys, sdrt, sdrt.plan.derive; sys.exit('torch' in sys.modules)"
+    code = "import sys, sdrt, sdrt.plan.derivation; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -34,7 +34,7 @@ FAMILIES = {
     "IPNDMScheduler": (ipndm.ipndm_plan, ipndm.FIELDS),
     "SASolverScheduler": (sa_solver.sa_solver_plan, sa_solver.FIELDS),
 }
-STEPS = (1, 2, 3, 5, 14, 15, 20, 50)
+STEPS = (1, 3, 14, 20)
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 RESPACED: list[dict[str, object]] = [
     {},

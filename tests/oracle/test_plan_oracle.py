@@ -44,10 +44,10 @@ def test_ddim(spacing: str, prediction_type: str, steps: int):
 @pytest.mark.parametrize(
     "class_name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
 )
-def test_timesteps_of_every_step_count(class_name: str, spacing: str):
+def test_timesteps_of_many_step_counts(class_name: str, spacing: str):
     config = {**STABLE_DIFFUSION, "timestep_spacing": spacing}
     scheduler = make_scheduler(class_name, config)
-    for steps in range(1, 999):
+    for steps in (*range(1, 101), *range(103, 999, 17)):
         scheduler.set_timesteps(steps)
         theirs = scheduler.timesteps.numpy().astype(np.float64)
         ours = build_plan(scheduler_class=class_name, scheduler_config=config, num_inference_steps=steps).timesteps
