@@ -89,10 +89,8 @@ ITS_VALUES: Mapping[str, Mapping[str, tuple[object, ...]]] = {
 }
 SOLVER = ("algorithm_type", "solver_order", "solver_type")
 # Options that are not finite where the last sigma is zero, in the reference neither.
-ENDS_ON_SIGMA_MIN = {
-    ("UniPCMultistepScheduler", "solver_type", "bh1"),
-    ("UniPCMultistepScheduler", "lower_order_final", False),
-    ("UniPCMultistepScheduler", "predict_x0", False),
+ENDS_ON_SIGMA_MIN: Mapping[str, tuple[str, ...]] = {
+    "UniPCMultistepScheduler": ("solver_type=bh1", "lower_order_final=False", "predict_x0=False")
 }
 MEASURED_ELSEWHERE: Mapping[str, str] = {
     "DPMSolverSDEScheduler": "its noise is of the reference's distribution, not its Brownian tree's own numbers: held "
@@ -211,9 +209,10 @@ def variations(class_name: str) -> Iterator[Variation]:
     for name in sorted(fields.keys() - NOT_VARIED):
         for value, prediction in itertools.product(values.get(name, ()), predictions[:2]):
             config = {name: value} | ({} if prediction is None else {"prediction_type": prediction})
-            if (class_name, name, value) in ENDS_ON_SIGMA_MIN:
+            option = f"{name}={value}"
+            if option in ENDS_ON_SIGMA_MIN.get(class_name, ()):
                 config["final_sigmas_type"] = "sigma_min"
-            yield Variation(option=f"{name}={value}", config=config)
+            yield Variation(option=option, config=config)
 
 
 def measure(class_name: str, asked: Variation, steps: int) -> float:
