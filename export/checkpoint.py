@@ -10,6 +10,7 @@ from typing import Any
 from sdrt.bundle import ModelRecord
 from sdrt.cache import Store, cache_key
 from sdrt.errors import CheckpointError
+from sdrt.plan.catalog import FAMILIES
 
 COMPONENT_CLASSES: Mapping[str, str] = {
     "text_encoder": "CLIPTextModel",
@@ -137,14 +138,23 @@ def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
         default_height=height,
         default_width=width,
         scheduler_class=checkpoint.scheduler_class,
-        scheduler_config=_as_the_pipeline_sets_it(checkpoint.scheduler_config),
+        scheduler_config=_as_the_pipeline_sets_it(checkpoint.scheduler_class, checkpoint.scheduler_config),
     )
 
 
-def _as_the_pipeline_sets_it(config: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' StableDiffusionPipeline overrides two scheduler fields of old checkpoints, and so must we."""
+def _as_the_pipeline_sets_it(scheduler_class: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' StableDiffusionPipeline overrides two scheduler fields of old checkpoints, and so must we.
+
+    A field that the config lacks is overridden too where the class has it, but not handed on to other classes.
+    """
     forced = {"steps_offset": 1, "clip_sample": False}
-    return {**config, **{name: value for name, value in forced.items() if name in config}}
+    set_anew = {**config, **{name: value for name, value in forced.items() if name in config}}
+    family = FAMILIES.get(scheduler_class)
+    if "steps_offset" in config or family is None or "steps_offset" not in family.fields:
+        return set_anew
+    defaults = config.get("_use_default_values")
+    named = [*defaults] if isinstance(defaults, list) else []
+    return {**set_anew, "steps_offset": forced["steps_offset"], "_use_default_values": [*named, "steps_offset"]}
 
 
 def check_safetensors(path: Path) -> None:

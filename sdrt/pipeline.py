@@ -337,9 +337,10 @@ class Pipeline:
         texts = {"prompt": request.prompt}
         if request.guided:
             texts["negative_prompt"] = request.negative_prompt
+        unused = [] if request.guided else _unused_without_guidance(request)
         length = self.bundle.manifest.model.text_length
         dropped = {name: self._prompts.dropped(text) for name, text in texts.items()}
-        return tuple(
+        return tuple(unused) + tuple(
             f"the {name} is longer than the model's {length} tokens; this part was dropped: {_shortened(rest)!r}"
             for name, rest in dropped.items()
             if rest
@@ -374,6 +375,13 @@ def _shortened(text: str) -> str:
     """A warning is for reading; prompts may have megabytes."""
     half = _LONGEST_QUOTE // 2
     return text if len(text) <= _LONGEST_QUOTE else f"{text[:half]} … {text[-half:]}"
+
+
+def _unused_without_guidance(request: ResolvedRequest) -> list[str]:
+    asked = {"guidance_rescale": 0, "guidance_start": 0, "guidance_end": 1}
+    names = [name for name, nothing in asked.items() if getattr(request, name) != nothing]
+    scale = f"guidance_scale {request.guidance_scale:g} is without guidance"
+    return [f"{scale}, so {' and '.join(names)} did nothing"] if names else []
 
 
 def _listed(values: tuple[float, ...] | None) -> JsonValue:

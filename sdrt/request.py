@@ -13,6 +13,8 @@ from sdrt.bundle import Manifest, ShapeProfile
 from sdrt.errors import RequestError
 from sdrt.noise import GENERATORS, GeneratorName
 from sdrt.plan import SCHEDULERS, SamplingPlan, build_plan, count_steps
+from sdrt.plan.catalog import find_scheduler
+from sdrt.plan.clamping import Thresholding, read_thresholding
 
 MAX_IMAGES = 64
 MAX_STEPS = 1000
@@ -126,7 +128,7 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
         raise RequestError(f"guidance_rescale is {guidance_rescale:g}", hint="give a number from 0 (not at all) to 1")
     timesteps, sigmas = (_numbers(name, getattr(request, name)) for name in ("timesteps", "sigmas"))
     plan, scheduler, steps = _resolve_plan(request, manifest, eta, timesteps, sigmas)
-    return ResolvedRequest(
+    resolved = ResolvedRequest(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         height=height,
@@ -144,6 +146,12 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
         sigmas=sigmas,
         plan=plan,
     )
+    if resolved.guided and not resolved.guided_rows:
+        raise RequestError(
+            f"guidance_start {guidance_start:g}, guidance_end {guidance_end:g}: none of {len(plan)} rows is guided",
+            hint="widen the interval, or ask for more steps; for no guidance at all, guidance_scale 1",
+        )
+    return resolved
 
 
 def describe_sizes(profile: ShapeProfile) -> str:
@@ -197,7 +205,7 @@ def _resolve_plan(
     if steps is not None:
         steps = _whole("num_inference_steps", steps, 1, MAX_STEPS)
     if isinstance(scheduler, SamplingPlan):
-        _check_own_plan(request, scheduler)
+        _check_own_plan(request, scheduler, read_thresholding(model.scheduler_config))
         plan, name, count = scheduler, OWN_PLAN, len(scheduler)
     elif scheduler is None or isinstance(scheduler, str):
         plan = build_plan(
@@ -209,7 +217,7 @@ def _resolve_plan(
             timesteps=timesteps,
             sigmas=sigmas,
         )
-        name = model.scheduler_class if scheduler is None else scheduler
+        name = model.scheduler_class if scheduler is None else find_scheduler(scheduler).name
         count = count_steps(
             scheduler_class=model.scheduler_class,
             scheduler=scheduler,
@@ -228,14 +236,21 @@ def _resolve_plan(
     return plan, name, count
 
 
-def _check_own_plan(request: Request, plan: SamplingPlan) -> None:
-    """A plan of one's own has its steps, its noise and no clamp."""
+def _check_own_plan(request: Request, plan: SamplingPlan, thresholding: Thresholding | None) -> None:
+    """A plan of one's own has its steps and its noise. thresholding: what the bundle's step graph does to an x₀."""
     asked = {"num_inference_steps": None, "timesteps": None, "sigmas": None, "eta": 0}
     beside = [name for name, absent in asked.items() if getattr(request, name) != absent]
     if beside:
         raise RequestError(f"{beside[0]} is given beside a plan, which has its own", hint=f"leave {beside[0]} out")
-    if not all(np.isfinite(values).all() for values in (plan.timesteps, plan.input_scales, plan.transitions)):
+    numbers = (plan.timesteps, plan.input_scales, plan.transitions, np.array(plan.initial_scale))
+    if not all(np.isfinite(values).all() for values in numbers):
         raise RequestError("the plan has values that are not finite", hint="ask its scheduler for other steps")
+    ratio = None if thresholding is None else thresholding.ratio
+    if plan.clamp is not None and plan.clamp.ratio != ratio:
+        raise RequestError(
+            f"the plan thresholds at {plan.clamp.ratio}, this bundle's step graph at {ratio}",
+            hint="use a scheduler that does as the checkpoint's own; sdrt inspect shows its config",
+        )
 
 
 def _resolve_generator(name: object) -> GeneratorName:
@@ -250,7 +265,8 @@ def _resolve_seeds(seed: object, images: int | None) -> tuple[int, ...]:
     count = None if images is None else _whole("num_images_per_prompt", images, 1, MAX_IMAGES)
     if seed is None:
         seed = secrets.randbelow(2**32)
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
+    if (listed := _listed(seed)) is not None:
+        seed = listed
         _whole("the number of seeds", len(seed), 1, MAX_IMAGES)
         if count is not None and count != len(seed):
             raise RequestError(
@@ -266,9 +282,17 @@ def _resolve_seeds(seed: object, images: int | None) -> tuple[int, ...]:
 def _numbers(name: str, values: object) -> tuple[float, ...] | None:
     if values is None:
         return None
-    if not isinstance(values, Sequence) or isinstance(values, str) or not 1 <= len(values) <= MAX_STEPS + 1:
+    listed = _listed(values)
+    if listed is None or not 1 <= len(listed) <= MAX_STEPS + 1:
         raise RequestError(f"{name} is {_shown(values)}", hint=f"give 1 to {MAX_STEPS} numbers in descending order")
-    return tuple(_finite(name, value) for value in values)
+    return tuple(_finite(name, value) for value in listed)
+
+
+def _listed(values: object) -> list[object] | None:
+    """The items of a list, a tuple or a one-dimensional array; None of anything else."""
+    if isinstance(values, np.ndarray):
+        return list(values) if values.ndim == 1 else None
+    return list(values) if isinstance(values, list | tuple | range) else None
 
 
 def _check_text(name: str, text: object) -> None:

@@ -192,7 +192,8 @@ def unsupported_field(name: str, value: JsonValue) -> RequestError:
     """The error for a config field whose value sdrt cannot honour."""
     return RequestError(
         f"the checkpoint's scheduler config means {name}={_shown(value)}, which is not supported",
-        hint="choose another scheduler, or change the field in scheduler_config.json if the model does not need it",
+        hint="choose another scheduler; or, if the model does not need the field, change it in the checkpoint's "
+        "scheduler_config.json and build again",
     )
 
 

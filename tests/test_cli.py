@@ -106,10 +106,26 @@ def test_new_steps_take_the_place_of_remembered_timesteps(tiny_bundle, tmp_path,
     assert (parameters["num_inference_steps"], parameters["timesteps"]) == (3, None)
 
 
+def test_another_scheduler_does_not_remember_what_only_the_first_could_do(tiny_bundle, tmp_path, capsys):
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    drawn(capsys, "run", tiny_bundle, "x", "--scheduler", "ddim", "--steps", 2, "--eta", 0.5, "--out", first)
+    drawn(capsys, "run", tiny_bundle, "--from-image", first, "--scheduler", "euler", "--out", again)
+    assert (read_parameters(again)["eta"], read_parameters(again)["num_inference_steps"]) == (0, 2)
+
+
+def test_options_without_effect_are_told(tiny_bundle, tmp_path, capsys):
+    options = ("--steps", 1, "--guidance-scale", 1, "--guidance-rescale", 0.5, "--out", tmp_path / "a.png")
+    assert "guidance_rescale did nothing" in drawn(capsys, "run", tiny_bundle, "x", *options)["warnings"][0]
+
+
 def test_schedulers_lists_names_classes_and_spacings(capsys):
     listed = {each["name"]: each for each in drawn(capsys, "schedulers")["schedulers"]}
     assert listed["dpmpp_3m_sde"]["class"] == "DPMSolverMultistepScheduler"
-    assert listed["dpmpp_3m_sde"]["sets"] == {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+    assert listed["dpmpp_3m_sde"]["sets"] == {
+        "algorithm_type": "sde-dpmsolver++",
+        "solver_order": 3,
+        "solver_type": "midpoint",
+    }
     assert listed["euler"]["spacings"] == ["karras", "exponential", "beta"]
 
 

@@ -54,7 +54,6 @@ class TestIntervals:
             (0, 1, range(10)),
             (0.3, 1, range(3, 10)),
             (0, 0.7, range(7)),
-            (0.25, 0.26, range(3, 3)),
             (0.2, 0.6, range(2, 6)),
         ],
     )

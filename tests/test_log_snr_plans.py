@@ -230,7 +230,7 @@ def test_timesteps_of_one_s_own_are_refused_by_those_that_take_none(family: str)
         ((900.0, 900.0), "900 before 900"),
         ((1000.0, 3.0), "1000 to 3"),
         ((900.0, -1.0), "900 to -1"),
-        ((900.5, 3.0), "fractions"),
+        ((900.5, 3.0), "timesteps has"),
         ((float("nan"), 3.0), "nan before 3"),
     ],
 )

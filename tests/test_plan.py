@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 
 from sdrt.errors import RequestError
 from sdrt.plan import MAX_STATE_SLOTS, SCHEDULERS, build_plan
-from sdrt.plan.catalog import NAMES, base_names
+from sdrt.plan.catalog import NAMES, base_names, find_scheduler
 from sdrt.schedule import NoiseSchedule
 
 SD = {
@@ -159,7 +161,12 @@ def test_the_own_scheduler_may_be_left_out_or_named(name: str | None):
 
 @pytest.mark.parametrize(
     ("wanted", "near"),
-    [("dimm", "ddim"), ("dpmpp_2m_karas", "dpmpp_2m_karras"), ("Euler", "euler"), ("PNDMSheduler", "PNDMScheduler")],
+    [
+        ("dimm", "ddim"),
+        ("dpmpp_2m_karas", "dpmpp_2m_karras"),
+        ("euler_anc", "euler_a"),
+        ("PNDMSheduler", "PNDMScheduler"),
+    ],
 )
 def test_an_unknown_scheduler_gets_a_suggestion(wanted: str, near: str):
     with pytest.raises(RequestError, match=wanted) as raised:
@@ -178,6 +185,66 @@ def test_a_scheduler_is_for_checkpoints_of_its_own_kind_of_noise(own: str, alike
     assert alike in raised.value.hint
     with pytest.raises(RequestError, match="noise is of another kind"):
         plan_of(own, 5, own="DDIMScheduler")
+
+
+@pytest.mark.parametrize(
+    ("spelt", "name"),
+    [
+        ("DPM++ 2M Karras", "dpmpp_2m_karras"),
+        ("Euler a", "euler_a"),
+        ("euler_ancestral", "euler_a"),
+        ("PLMS", "pndm"),
+        ("dpm_2_ancestral_beta", "dpm2_a_beta"),
+        ("dpmsolver++", "dpmpp_2m"),
+        ("UniPC", "unipc"),
+    ],
+)
+def test_other_spellings_of_a_name_are_understood(spelt: str, name: str):
+    assert find_scheduler(spelt) is NAMES[name]
+
+
+def test_a_name_means_its_own_sampler_whatever_the_checkpoint_was_saved_with():
+    saved = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "use_karras_sigmas": True, "solver_type": "heun"}
+    assert plan_of("dpmpp_2m", 8, **saved) is not plan_of("dpmpp_2m", 8)
+    for name in ("dpmpp_2m", "dpmpp_2s", "dpmpp_3m_sde", "euler", "euler_exponential", "sa_solver"):
+        np.testing.assert_array_equal(plan_of(name, 8, **saved).transitions, plan_of(name, 8).transitions)
+    own = build_plan(scheduler_class="DPMSolverMultistepScheduler", scheduler_config={**SD, **saved})
+    assert own.slots == 3
+    assert own.draws_noise(0)
+
+
+def test_a_variance_that_is_not_said_is_the_small_one():
+    np.testing.assert_array_equal(plan_of("ddpm", 5, variance_type=None).transitions, plan_of("ddpm", 5).transitions)
+
+
+def test_one_step_between_own_bounds_is_at_the_largest():
+    plan = plan_of("unipc_karras", 1, sigma_max=9.0)
+    assert plan.noised[1] / plan.noised[0] == pytest.approx(9.0, rel=1e-6)
+
+
+def test_fields_that_are_there_by_default_are_for_their_own_class_alone():
+    config = {**SD, "steps_offset": 1, "_use_default_values": ["steps_offset"]}
+    own, other = (
+        build_plan(scheduler_class="DDIMScheduler", scheduler_config=config, num_inference_steps=5, scheduler=name)
+        for name in (None, "pndm")
+    )
+    assert own.timesteps[-1] == 1
+    assert other.timesteps[-1] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input_scales": np.ones(2)},
+        {"transitions": np.zeros((5, 2, 3))},
+        {"timesteps": np.zeros(0), "input_scales": np.zeros(0), "transitions": np.zeros((0, 1, 3))},
+        {"draws": np.ones(4, bool)},
+    ],
+    ids=["scales", "transitions", "no rows", "draws"],
+)
+def test_a_plan_whose_arrays_do_not_fit_is_refused(change: dict[str, np.ndarray]):
+    with pytest.raises(RequestError, match="a plan of"):
+        replace(plan_of("euler", 5), **change)
 
 
 @pytest.mark.parametrize("own", ["RePaintScheduler", ""])
@@ -233,7 +300,9 @@ def test_steps_that_are_left_out_are_the_first():
         ("euler", "final_sigmas_type", "half"),
         ("euler_karras", "sigma_min", -1.0),
         ("euler_karras", "sigma_max", "large"),
-        ("dpmpp_2m", "solver_type", "bogacki"),
+        ("DPMSolverMultistepScheduler", "solver_type", "bogacki"),
+        ("unipc", "lower_order_final", False),
+        ("lms", "rescale_betas_zero_snr", True),
         ("dpmpp_2m", "use_flow_sigmas", True),
         ("dpmpp_2m", "use_dynamic_shifting", True),
         ("dpmpp_2m", "variance_type", "learned_range"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sdrt.errors import RequestError
+from sdrt.plan import build_plan
 from sdrt.request import Request, nearest_size, resolve_request
 
 
@@ -90,6 +91,10 @@ BAD = [
     {"seed": [1, -1]},
     {"seed": [1, 2], "num_images_per_prompt": 3},
     {"seed": "12"},
+    {"seed": b"ab"},
+    {"timesteps": b"ab"},
+    {"timesteps": np.ones((2, 2))},
+    {"guidance_start": 0.25, "guidance_end": 0.26, "num_inference_steps": 10, "scheduler": "ddim"},
     {"guidance_rescale": -0.1},
     {"guidance_rescale": 1.1},
     {"timesteps": [1, 2]},
@@ -193,6 +198,26 @@ def test_a_plan_that_is_not_finite_is_refused(manifest):
     broken = replace(plan, transitions=plan.transitions * np.nan)
     with pytest.raises(RequestError, match="not finite"):
         resolve(manifest, scheduler=broken)
+
+
+def test_a_plan_that_is_clamped_as_the_step_graph_does_not_is_refused(manifest):
+    clipped, thresholded = (
+        build_plan(scheduler_class="DDIMScheduler", scheduler_config={field: True}, num_inference_steps=3)
+        for field in ("clip_sample", "thresholding")
+    )
+    assert resolve(manifest, scheduler=clipped).plan is clipped
+    with pytest.raises(RequestError, match=r"thresholds at 0\.995, this bundle's step graph at None"):
+        resolve(manifest, scheduler=thresholded)
+
+
+def test_arrays_of_numpy_are_lists(manifest):
+    resolved = resolve(manifest, scheduler="ddpm", timesteps=np.array([900, 20]), seed=np.array([3, 4]))
+    assert (resolved.timesteps, resolved.seeds) == ((900.0, 20.0), (3, 4))
+
+
+def test_the_scheduler_is_remembered_by_its_usual_name(manifest):
+    assert resolve(manifest, scheduler="DPM++ 2M Karras").scheduler == "dpmpp_2m_karras"
+    assert resolve(manifest, scheduler="EulerDiscreteScheduler").scheduler == "EulerDiscreteScheduler"
 
 
 def test_no_scheduler_takes_own_timesteps_in_silence(manifest):

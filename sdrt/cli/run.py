@@ -1,10 +1,10 @@
 """`sdrt run`: draw images and write them as PNG, each with everything that makes it again."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -42,7 +42,11 @@ REQUEST_FIELDS = (
 
 # What an option says anew of a remembered image: the others of its kind no longer hold.
 _STEPS = ("num_inference_steps", "timesteps", "sigmas")
-_INSTEAD = {name: tuple(other for other in _STEPS if other != name) for name in _STEPS}
+_INSTEAD = {name: tuple(other for other in _STEPS if other != name) for name in _STEPS} | {
+    "scheduler": ("eta", "timesteps", "sigmas")
+}
+
+Number = TypeVar("Number", int, float)
 
 
 def complete_scheduler(incomplete: str) -> list[str]:
@@ -221,7 +225,7 @@ def draw(
     raise RuntimeError("the last step carried no result")
 
 
-def _numbers(option: str, text: str | None, kind: type[float]) -> list[float] | None:
+def _numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> list[Number] | None:
     """Numbers with commas between them. Raises RequestError."""
     if text is None:
         return None
@@ -232,9 +236,9 @@ def _numbers(option: str, text: str | None, kind: type[float]) -> list[float] | 
         raise RequestError(f"{option} is {text!r}", hint=hint) from error
 
 
-def _seed(text: str | None) -> int | list[float] | None:
+def _seed(text: str | None) -> int | list[int] | None:
     seeds = _numbers("--seed", text, int)
-    return int(seeds[0]) if seeds is not None and len(seeds) == 1 else seeds
+    return seeds[0] if seeds is not None and len(seeds) == 1 else seeds
 
 
 def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) -> "tuple[Request, int, Bundle]":
@@ -243,7 +247,7 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
     Raises RequestError, BundleError.
     """
     from sdrt.bundle import Bundle
-    from sdrt.request import Request, resolve_request
+    from sdrt.request import OWN_PLAN, Request, resolve_request
 
     bundle = Bundle.open(folder)
     model = bundle.manifest.model
@@ -254,7 +258,13 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
     fields = {name: remembered[name] for name in REQUEST_FIELDS if name in remembered} | options
     for given, overridden in _INSTEAD.items():
         if given in options:
-            fields |= {name: None for name in overridden if name not in options}
+            fields = {name: value for name, value in fields.items() if name not in overridden or name in options}
+    if "num_images_per_prompt" in options and "seed" not in options and isinstance(fields.get("seed"), list):
+        fields["seed"] = fields["seed"][0]
+    if fields.get("scheduler") == OWN_PLAN:
+        raise RequestError(
+            "the image was made with a plan of its caller's own, which it does not hold", hint="name a --scheduler"
+        )
     if "prompt" not in fields:
         raise RequestError("there is no prompt", hint='give a PROMPT (it may be ""), or an image of sdrt: --from-image')
     if fields.get("scheduler") == model.scheduler_class:

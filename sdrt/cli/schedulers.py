@@ -24,7 +24,7 @@ def schedulers(as_json: AsJson = False) -> None:
                 "name": each.name,
                 "class": each.family.class_name,
                 "spacings": [*each.family.spacings],
-                "sets": dict(each.fields),
+                "sets": dict(each.sets),
                 "fields": [*sorted(each.family.fields)],
             }
             for each in bases
@@ -40,4 +40,4 @@ def schedulers(as_json: AsJson = False) -> None:
 
 
 def _fields_text(scheduler: "NamedScheduler") -> str:
-    return ", ".join(f"{name}={value}" for name, value in scheduler.fields.items())
+    return ", ".join(f"{name}={value}" for name, value in scheduler.sets.items())

@@ -10,7 +10,7 @@ import numpy as np
 from sdrt.bundle import JsonValue
 from sdrt.errors import RequestError
 from sdrt.plan.asked import AskedSteps
-from sdrt.plan.catalog import FAMILIES, NAMES, Family, find_scheduler
+from sdrt.plan.catalog import FAMILIES, NAMES, Family, base_names, find_scheduler
 from sdrt.plan.clamping import read_thresholding
 from sdrt.plan.derivation import derive
 from sdrt.plan.rows import MAX_STATE_SLOTS, SamplingPlan
@@ -61,13 +61,13 @@ def build_plan(
             f"first is {first} of {asked.num_inference_steps} steps", hint="leave out fewer steps than there are"
         )
     config = json.dumps(dict(scheduler_config), sort_keys=True)
-    return _cached_plan(family.class_name, json.dumps(dict(overrides)), config, asked)
+    return _cached_plan(family.class_name, json.dumps(dict(overrides)), config, asked, scheduler is None)
 
 
 @lru_cache(maxsize=64)
-def _cached_plan(class_name: str, overrides_json: str, config_json: str, asked: AskedSteps) -> SamplingPlan:
+def _cached_plan(class_name: str, overrides_json: str, config_json: str, asked: AskedSteps, own: bool) -> SamplingPlan:
     family, whole = FAMILIES[class_name], json.loads(config_json)
-    config = _taken_over(whole, family, json.loads(overrides_json))
+    config = _taken_over(whole, family, json.loads(overrides_json), own=own)
     trained = config["num_train_timesteps"]
     if isinstance(trained, int) and asked.num_inference_steps > trained:
         raise RequestError(
@@ -109,7 +109,8 @@ def _step_count(
         return count
     name = "timesteps" if sigmas is None else "sigmas"
     # Sigmas of one's own end with the one after the last step, but for flow matching, where that is always zero.
-    count = len(own) - (sigmas is not None and family.schedule != "flow")
+    ends_included = sigmas is not None and family.schedule != "flow"
+    count = len(own) - 1 if ends_included else len(own)
     if steps is not None and steps != count:
         raise RequestError(
             f"num_inference_steps is {steps}, but {name} has {count} steps", hint="leave num_inference_steps out"
@@ -135,7 +136,7 @@ def _select(scheduler: str | None, scheduler_class: str) -> tuple[Family, Mappin
     own = FAMILIES[scheduler_class]
     if scheduler is None:
         return own, {}
-    found = find_scheduler(scheduler)
+    found = find_scheduler(scheduler, own.schedule)
     if found.family.schedule != own.schedule:
         alike = [name for name, other in NAMES.items() if other.family.schedule == own.schedule]
         raise RequestError(
@@ -148,17 +149,25 @@ def _select(scheduler: str | None, scheduler_class: str) -> tuple[Family, Mappin
 
 
 def _taken_over(
-    config: dict[str, JsonValue], family: Family, overrides: Mapping[str, JsonValue]
+    config: dict[str, JsonValue], family: Family, overrides: Mapping[str, JsonValue], *, own: bool
 ) -> dict[str, JsonValue]:
-    """Every field that `family` reads: from `overrides`, the checkpoint's config or the family's defaults."""
+    """Every field that `family` reads: from `overrides`, the checkpoint's config or the family's defaults.
+
+    own: the config is the family's own; another one does not get the fields that are in it by default only.
+    """
     for name, value in config.items():
         if not name.startswith("_") and name not in _KNOWN_FIELDS:
             raise RequestError(
                 f"the checkpoint's scheduler config has an unknown field {name}={value!r}",
                 hint="remove it from scheduler_config.json if the model does not need it",
             )
-    # Written by a live scheduler object: fields it holds only by default, which do not carry over.
-    defaulted = config.get("_use_default_values", [])
+    if config.get("rescale_betas_zero_snr") is True and "rescale_betas_zero_snr" not in family.fields:
+        able = [name for name in base_names() if "rescale_betas_zero_snr" in NAMES[name].family.fields]
+        raise RequestError(
+            f"the checkpoint's config has rescale_betas_zero_snr=True, which {family.class_name} does not know",
+            hint=f"choose one of: {', '.join(able)}",
+        )
+    defaulted = [] if own else config.get("_use_default_values", [])  # written by a live scheduler object
     given = {name: value for name, value in config.items() if not isinstance(defaulted, list) or name not in defaulted}
     return {**family.fields, **{name: given[name] for name in family.fields if name in given}, **overrides}
 

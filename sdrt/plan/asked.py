@@ -4,6 +4,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from sdrt.errors import RequestError
 
 
@@ -52,3 +55,12 @@ def check_descending(name: str, values: Sequence[float], *, low: float, high: fl
         raise RequestError(
             f"{name} goes from {values[0]:g} to {values[-1]:g}", hint=f"all must be from {low:g} to {high:g}"
         )
+
+
+def whole_timesteps(timesteps: tuple[float, ...], count: int) -> npt.NDArray[np.int64]:
+    """A grid of one's own as indices of a table of `count`: int64 [n]. RequestError unless whole and descending."""
+    check_descending("timesteps", timesteps, low=0, high=count - 1)
+    for timestep in timesteps:
+        if timestep != int(timestep):
+            raise RequestError(f"timesteps has {timestep:g}", hint="this scheduler takes whole numbers")
+    return np.array(timesteps, np.int64)

@@ -66,6 +66,11 @@ class NamedScheduler:
     family: Family
     fields: Mapping[str, JsonValue]
 
+    @property
+    def sets(self) -> Mapping[str, JsonValue]:
+        """Its fields without the sigma spacings that it turns off."""
+        return {name: value for name, value in self.fields.items() if value is not False}
+
 
 _SUFFIXES: Mapping[str, str] = MappingProxyType(
     {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
@@ -130,7 +135,9 @@ _FAMILIES = (
     ),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.class_name: family for family in _FAMILIES})
-_SDE = {"algorithm_type": "sde-dpmsolver++"}
+# What a community name means besides its class, whatever the checkpoint's config has in these fields.
+_SOLVER: Mapping[str, JsonValue] = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+_SDE: Mapping[str, JsonValue] = {**_SOLVER, "algorithm_type": "sde-dpmsolver++"}
 _BASES: Mapping[str, tuple[str, Mapping[str, JsonValue]]] = MappingProxyType(
     {
         "ddim": ("DDIMScheduler", {}),
@@ -142,36 +149,56 @@ _BASES: Mapping[str, tuple[str, Mapping[str, JsonValue]]] = MappingProxyType(
         "heun": ("HeunDiscreteScheduler", {}),
         "dpm2": ("KDPM2DiscreteScheduler", {}),
         "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-        "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}),
-        "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+        "dpmpp_2s": ("DPMSolverSinglestepScheduler", _SOLVER),
+        "dpmpp_2m": ("DPMSolverMultistepScheduler", _SOLVER),
         "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", _SDE),
-        "dpmpp_3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+        "dpmpp_3m": ("DPMSolverMultistepScheduler", {**_SOLVER, "solver_order": 3}),
         "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", {**_SDE, "solver_order": 3}),
         "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
-        "deis": ("DEISMultistepScheduler", {}),
+        "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho"}),
         "unipc": ("UniPCMultistepScheduler", {}),
-        "sa_solver": ("SASolverScheduler", {}),
+        "sa_solver": ("SASolverScheduler", {"algorithm_type": "data_prediction"}),
         "lcm": ("LCMScheduler", {}),
         "tcd": ("TCDScheduler", {}),
         "edm_euler": ("EDMEulerScheduler", {}),
-        "edm_dpmpp_2m": ("EDMDPMSolverMultistepScheduler", {}),
+        "edm_dpmpp_2m": ("EDMDPMSolverMultistepScheduler", _SOLVER),
         "edm_dpmpp_2m_sde": ("EDMDPMSolverMultistepScheduler", _SDE),
         "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
         "flow_heun": ("FlowMatchHeunDiscreteScheduler", {}),
     }
 )
+# Other spellings of these, after `_normalised`.
+_ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "plms": "pndm",
+        "euler_ancestral": "euler_a",
+        "euler_discrete": "euler",
+        "dpm_2": "dpm2",
+        "dpm_2_a": "dpm2_a",
+        "dpm_2_ancestral": "dpm2_a",
+        "dpm2_ancestral": "dpm2_a",
+        "kdpm2": "dpm2",
+        "kdpm2_a": "dpm2_a",
+        "kdpm2_ancestral": "dpm2_a",
+        "dpmsolver": "dpmpp_2m",
+        "dpmsolverpp": "dpmpp_2m",
+        "dpmpp": "dpmpp_2m",
+        "uni_pc": "unipc",
+    }
+)
 
 
 def _named() -> dict[str, NamedScheduler]:
-    """Every base name, and with each sigma spacing that its family has."""
+    """Every base name, which means no sigma spacing, and with each one that its family has."""
     found = {}
     for base, (class_name, fields) in _BASES.items():
         family = FAMILIES[class_name]
-        found[base] = NamedScheduler(name=base, family=family, fields=fields)
+        plain = {field: False for field in (*_SUFFIXES, "use_lu_lambdas") if field in family.fields}
+        found[base] = NamedScheduler(name=base, family=family, fields={**fields, **plain})
         for field, suffix in _SUFFIXES.items():
             if field in family.fields:
                 name = f"{base}_{suffix}"
-                found[name] = NamedScheduler(name=name, family=family, fields={**fields, field: True})
+                found[name] = NamedScheduler(name=name, family=family, fields={**fields, **plain, field: True})
     return found
 
 
@@ -183,17 +210,32 @@ def base_names() -> tuple[str, ...]:
     return tuple(_BASES)
 
 
-def find_scheduler(name: str) -> NamedScheduler:
-    """The scheduler of a community name ("euler_karras") or class name. RequestError suggests the nearest."""
-    if name in NAMES:
-        return NAMES[name]
+def find_scheduler(name: str, schedule: Schedule | None = None) -> NamedScheduler:
+    """The scheduler of a community name ("euler_karras", "DPM++ 2M Karras") or class name.
+
+    schedule: that of the checkpoint, to suggest only what it can be sampled with. RequestError suggests the nearest.
+    """
     if name in FAMILIES:
         return NamedScheduler(name=name, family=FAMILIES[name], fields={})
-    raise RequestError(f"there is no scheduler {name!r}", hint=_suggestion(name))
+    wanted = _normalised(name)
+    if wanted in NAMES:
+        return NAMES[wanted]
+    raise RequestError(f"there is no scheduler {name!r}", hint=_suggestion(name, schedule))
 
 
-def _suggestion(wanted: str) -> str:
-    folded = {name.casefold(): name for name in (*NAMES, *FAMILIES)}
-    near = difflib.get_close_matches(wanted.casefold(), folded, n=1, cutoff=0.5)
-    choices = f"choose one of: {', '.join(NAMES)}; all with: sdrt schedulers"
+def _normalised(name: str) -> str:
+    """A community name as `NAMES` spells it: "DPM++ 2M Karras" is dpmpp_2m_karras, "Euler a" euler_a."""
+    spelt = name.casefold().strip().replace("++", "pp").replace("-", "_").replace(" ", "_")
+    base, _, suffix = spelt.rpartition("_")
+    if suffix in _SUFFIXES.values():
+        return f"{_ALIASES.get(base, base)}_{suffix}"
+    return _ALIASES.get(spelt, spelt)
+
+
+def _suggestion(wanted: str, schedule: Schedule | None) -> str:
+    names = [name for name, named in NAMES.items() if schedule in (None, named.family.schedule)]
+    classes = [name for name, family in FAMILIES.items() if schedule in (None, family.schedule)]
+    folded = {name.casefold(): name for name in (*names, *classes)}
+    near = difflib.get_close_matches(_normalised(wanted), folded, n=1, cutoff=0.5)
+    choices = f"choose one of: {', '.join(names)}; all with: sdrt schedulers"
     return f"did you mean {folded[near[0]]}? {choices}" if near else choices

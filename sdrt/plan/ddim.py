@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from sdrt.bundle import JsonValue
 from sdrt.errors import RequestError
-from sdrt.plan.asked import AskedSteps, check_descending, refuse_own_grid
+from sdrt.plan.asked import AskedSteps, refuse_own_grid
 from sdrt.plan.clamping import CLIPPING_FIELDS, THRESHOLDING_FIELDS, asked_clamp
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import (
@@ -82,15 +82,6 @@ def integer_timesteps(
             hint=f"ask for fewer steps than {num_inference_steps}",
         )
     return timesteps.astype(np.int64)
-
-
-def own_timesteps(schedule: NoiseSchedule, timesteps: tuple[float, ...]) -> npt.NDArray[np.int64]:
-    """A grid of one's own as table indices: int64 [n]. RequestError unless whole numbers of the table, descending."""
-    check_descending("timesteps", timesteps, low=0, high=len(schedule) - 1)
-    for timestep in timesteps:
-        if timestep != int(timestep):
-            raise RequestError(f"timesteps has {timestep:g}", hint="this scheduler takes whole numbers")
-    return np.array(timesteps, np.int64)
 
 
 def alphas_cumprod_or_final(

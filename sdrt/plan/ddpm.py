@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from sdrt.bundle import JsonValue
-from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
+from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid, whole_timesteps
 from sdrt.plan.clamping import CLIPPING_FIELDS, THRESHOLDING_FIELDS, asked_clamp
-from sdrt.plan.ddim import integer_timesteps, noised_at, own_timesteps
+from sdrt.plan.ddim import integer_timesteps, noised_at
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import (
     Floats,
@@ -42,7 +42,7 @@ def ddpm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: A
     if asked.timesteps is None:
         timesteps = integer_timesteps(config, schedule, asked.num_inference_steps)
     else:
-        timesteps = own_timesteps(schedule, asked.timesteps)
+        timesteps = whole_timesteps(asked.timesteps, len(schedule))
     timesteps = timesteps[asked.first :]
     alpha_bar = schedule.alphas_cumprod[timesteps]
     alpha_bar_next = np.append(alpha_bar[1:], 1.0)
@@ -69,6 +69,8 @@ def _standard_deviation(
     config: Mapping[str, JsonValue], beta: Floats, alpha_bar: Floats, alpha_bar_next: Floats
 ) -> Floats:
     """σ of each row's noise, as `variance_type` says."""
+    if config["variance_type"] is None:  # from the config of a scheduler without this choice
+        config = {**config, "variance_type": FIELDS["variance_type"]}
     kind = read_choice(config, "variance_type", _VARIANCES)
     if kind == "fixed_large":
         return np.sqrt(beta)

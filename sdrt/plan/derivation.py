@@ -154,9 +154,18 @@ class _Probe:
             options = dict(self._options)
             if "variance_noise" in inspect.signature(scheduler.step).parameters:
                 options["variance_noise"] = noise
-            return scheduler.step(output, timestep, sample, **options).prev_sample, 0
+            return _sample_of(scheduler.step(output, timestep, sample, **options)), 0
         with _intercepted(self._torch, noise) as drawn:
-            return scheduler.step(output, timestep, sample, **self._options).prev_sample, drawn.count
+            return _sample_of(scheduler.step(output, timestep, sample, **self._options)), drawn.count
+
+
+def _sample_of(stepped: object) -> Any:  # noqa: ANN401
+    if not hasattr(stepped, "prev_sample"):
+        raise RequestError(
+            f"step gave {type(stepped).__name__}, which has no prev_sample",
+            hint="let step return an object that has it",
+        )
+    return stepped.prev_sample
 
 
 def _flat(tensor: Any, elements: int) -> Floats:  # noqa: ANN401 - torch's or numpy's

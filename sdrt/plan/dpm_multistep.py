@@ -13,6 +13,7 @@ from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
 from sdrt.plan.log_snr import (
     COMMON_FIELDS,
     FEW_STEPS,
+    RELATED_SOLVER_TYPES,
     ExponentialSteps,
     Grid,
     estimate_of,
@@ -46,7 +47,6 @@ FIELDS: Mapping[str, JsonValue] = {
 }
 
 _ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
-_RELATED_SOLVER_TYPES = ("logrho", "bh1", "bh2")  # of related solvers' configs; they mean midpoint here
 
 
 def dpm_multistep_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: AskedSteps) -> SamplingPlan:
@@ -92,7 +92,7 @@ def refuse_final_zero(config: Mapping[str, JsonValue]) -> None:
 
 def read_solver_type(config: Mapping[str, JsonValue]) -> str:
     """midpoint or heun: how the first derivative's integral is taken."""
-    kind = read_choice(config, "solver_type", ("midpoint", "heun", *_RELATED_SOLVER_TYPES))
+    kind = read_choice(config, "solver_type", ("midpoint", "heun", *RELATED_SOLVER_TYPES))
     return "heun" if kind == "heun" else "midpoint"
 
 

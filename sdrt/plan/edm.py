@@ -10,6 +10,7 @@ import numpy as np
 from sdrt.bundle import JsonValue
 from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
 from sdrt.plan.clamping import THRESHOLDING_FIELDS, asked_clamp
+from sdrt.plan.log_snr import FEW_STEPS, RELATED_SOLVER_TYPES
 from sdrt.plan.rows import Clamp, SamplingPlan
 from sdrt.schedule import (
     Floats,
@@ -41,9 +42,6 @@ DPM_MULTISTEP_FIELDS: Mapping[str, JsonValue] = {
     "solver_type": "midpoint",
     **THRESHOLDING_FIELDS,
 }
-
-_FEW_STEPS = 15  # below this, `lower_order_final` lowers the order of the last two steps
-_RELATED_SOLVER_TYPES = ("logrho", "bh1", "bh2")  # of related solvers' configs; they mean midpoint here
 
 
 def edm_euler_plan(config: Mapping[str, JsonValue], asked: AskedSteps) -> SamplingPlan:
@@ -159,7 +157,7 @@ def _solver(config: Mapping[str, JsonValue]) -> tuple[int, bool]:
 def _orders(config: Mapping[str, JsonValue], order: int, rows: int, steps: int) -> np.ndarray:
     """Each row's order: int64 [rows], of which the whole grid has `steps`."""
     orders = np.minimum(np.arange(rows) + 1, order)
-    lowered = read_flag(config, "lower_order_final") and steps < _FEW_STEPS
+    lowered = read_flag(config, "lower_order_final") and steps < FEW_STEPS
     if lowered and rows > 1:
         orders[-2] = min(orders[-2], 2)
     if lowered or read_flag(config, "euler_at_final") or not _ends_on_sigma_min(config):
@@ -173,7 +171,7 @@ def _estimate_weights(config: Mapping[str, JsonValue], levels: Floats, orders: n
     The integrals of Lu et al. 2022, eq. 9, over a Taylor series in h = log(σ / σ') with finite differences.
     """
     stochastic = _solver(config)[1]
-    kinds = ("midpoint", "heun", *_RELATED_SOLVER_TYPES)
+    kinds = ("midpoint", "heun", *RELATED_SOLVER_TYPES)
     heun = read_choice(config, "solver_type", kinds) == "heun"
     h = np.log(levels[:-1]) - np.log(levels[1:])
     rate = 2 if stochastic else 1

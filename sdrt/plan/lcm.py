@@ -7,9 +7,9 @@ import numpy.typing as npt
 
 from sdrt.bundle import JsonValue
 from sdrt.errors import RequestError
-from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
+from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid, whole_timesteps
 from sdrt.plan.clamping import CLIPPING_FIELDS, THRESHOLDING_FIELDS, asked_clamp
-from sdrt.plan.ddim import noised_at, own_timesteps
+from sdrt.plan.ddim import noised_at
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import NoiseSchedule, denoised_coefficients, read_integer, read_number
 
@@ -69,7 +69,7 @@ def consistency_timesteps(
     The distillation's are k - 1, 2k - 1, … for k = T // `original_inference_steps`. int64 [n], descending.
     """
     if asked.timesteps is not None:
-        return own_timesteps(schedule, asked.timesteps)[asked.first :]
+        return whole_timesteps(asked.timesteps, len(schedule))[asked.first :]
     distilled = read_integer(config, "original_inference_steps", minimum=1, maximum=len(schedule))
     if asked.num_inference_steps > distilled:
         raise RequestError(

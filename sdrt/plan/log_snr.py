@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from sdrt.bundle import JsonValue
 from sdrt.errors import RequestError
-from sdrt.plan.asked import AskedSteps, check_descending
+from sdrt.plan.asked import AskedSteps, whole_timesteps
 from sdrt.plan.clamping import THRESHOLDING_FIELDS, asked_clamp
 from sdrt.plan.rows import SamplingPlan
 from sdrt.plan.spacing import SPACING_FIELDS, respaced_sigmas
@@ -48,6 +48,7 @@ _GRID_FIELDS: Mapping[str, JsonValue] = {
     "timestep_spacing": "linspace",
     "use_lu_lambdas": False,
 }
+RELATED_SOLVER_TYPES = ("logrho", "bh1", "bh2")  # of related solvers' configs; where they are none, midpoint is meant
 FEW_STEPS = 15  # below this, `lower_order_final` lowers the order of the last two steps
 _SERIES_TERMS = 18  # of an integral over a short step, where λ changes by less than one
 
@@ -172,13 +173,13 @@ def _respaced(fields: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: A
         return np.exp(np.linspace(first, last, steps))
     if "use_lu_lambdas" in chosen:
         raise unsupported_field("use_lu_lambdas", True)
-    return respaced_sigmas(fields, np.linspace(high, low, steps))
+    return respaced_sigmas(fields, np.array([high, low]), steps)
 
 
 def _timesteps(fields: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: AskedSteps) -> Floats:
     """Whole timesteps, descending. Unlike other families' grids, n + 1 points of which the last is left out."""
     if asked.timesteps is not None:
-        return _own_timesteps(asked.timesteps, schedule)
+        return whole_timesteps(asked.timesteps, len(schedule)).astype(np.float64)
     steps = asked.num_inference_steps
     spacing = read_spacing(fields)
     offset = read_integer(fields, "steps_offset", minimum=0, maximum=len(schedule))
@@ -188,14 +189,6 @@ def _timesteps(fields: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: 
         return np.arange(last, 0, -stride)[:steps].round() - 1
     points = spaced_timesteps(spacing, num_train_timesteps=last, num_inference_steps=steps + 1, steps_offset=offset)
     return points.round()[:-1]
-
-
-def _own_timesteps(timesteps: tuple[float, ...], schedule: NoiseSchedule) -> Floats:
-    check_descending("timesteps", timesteps, low=0, high=len(schedule) - 1)
-    values = np.array(timesteps, np.float64)
-    if np.any(values != values.round()):
-        raise RequestError("timesteps has fractions", hint="this scheduler takes whole timesteps only")
-    return values
 
 
 def _last_timestep(fields: Mapping[str, JsonValue], schedule: NoiseSchedule) -> int:

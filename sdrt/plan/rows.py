@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sdrt.errors import RequestError
+
 MAX_STATE_SLOTS = 6  # PNDM needs the most: latents, the restored sample and four past model outputs
 
 
@@ -51,9 +53,19 @@ class SamplingPlan:
     clamp: Clamp | None = None
 
     def __post_init__(self) -> None:
-        for array in (self.timesteps, self.input_scales, self.transitions, self.draws):
-            if array is not None:
-                array.setflags(write=False)
+        rows, slots = len(self.timesteps), self.transitions.shape[1] if self.transitions.ndim == 3 else 0
+        shapes: list[tuple[npt.NDArray[np.generic], tuple[int, ...]]]
+        shapes = [(self.timesteps, (rows,)), (self.input_scales, (rows,)), (self.transitions, (rows, slots, slots + 2))]
+        shapes += [] if self.draws is None else [(self.draws, (rows,))]
+        if self.clamp is not None:
+            shapes += [(self.clamp.estimates, (rows, 2)), (self.clamp.weights, (rows, slots))]
+        if rows == 0 or slots == 0 or any(array.shape != shape for array, shape in shapes):
+            raise RequestError(
+                f"a plan of {rows} timesteps has arrays of {', '.join(str(array.shape) for array, _ in shapes)}",
+                hint="give timesteps and input_scales [rows], transitions [rows, n, n + 2], of one row or more",
+            )
+        for array, _ in shapes:
+            array.setflags(write=False)
 
     def __len__(self) -> int:
         """How many rows, which is how often the network is evaluated (PNDM: steps + 1)."""

@@ -18,8 +18,10 @@ _BETA_TERMS = 64  # of the series, each at most half of the one before
 _NEWTON_STEPS = 8
 
 
-def respaced_sigmas(config: Mapping[str, JsonValue], sigmas: Floats) -> Floats | None:
-    """The sigmas that the config asks for in the place of a descending grid's, float64 [len(sigmas)]; None for none.
+def respaced_sigmas(config: Mapping[str, JsonValue], sigmas: Floats, count: int | None = None) -> Floats | None:
+    """The sigmas that the config asks for in the place of a descending grid's; None for none.
+
+    float64 [count], or as many as the grid has.
 
     Karras et al. 2022, eq. 5 (`use_karras_sigmas`); evenly spaced logarithms (`use_exponential_sigmas`); quantiles of
     a beta distribution, Lee et al. 2024 (`use_beta_sigmas`). They go from the first to the last of `sigmas`, or
@@ -33,7 +35,7 @@ def respaced_sigmas(config: Mapping[str, JsonValue], sigmas: Floats) -> Floats |
             f"the scheduler config asks for {' and '.join(chosen)} at the same time", hint="leave one of them on"
         )
     low, high = sigma_bounds(config, float(sigmas[-1]), float(sigmas[0]))
-    count = len(sigmas)
+    count = len(sigmas) if count is None else count
     if chosen == ["use_karras_sigmas"]:
         return karras_sigmas(low, high, count)
     if chosen == ["use_exponential_sigmas"]:

@@ -13,7 +13,6 @@ from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import NoiseSchedule, denoised_coefficients, noise_coefficients
 
 FIELDS: Mapping[str, JsonValue] = lcm.FIELDS  # timestep_scaling among them, though nothing here depends on it
-DEFAULT_ETA = 0.3  # the paper's γ, where a request does not name one
 
 
 def tcd_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: AskedSteps) -> SamplingPlan:

@@ -61,6 +61,7 @@ def unipc_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: 
     of_x0 = read_flag(config, "predict_x0")
     if not of_x0:
         refuse_final_zero(config)
+    _refuse_infinite_last_step(config)
     grid = log_snr_grid(config, schedule, asked, own_end=True)
     corrects = _corrects(config, grid)
     steps = exponential_steps(grid.levels[:-1], grid.levels[1:], of_x0=of_x0)
@@ -74,6 +75,16 @@ def unipc_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: 
     corrector = multistep_update(steps, grid.log_snr, np.where(left > 1, orders + 1, 0), corrected, ahead=1)
     estimate = estimate_of(schedule, grid.levels[:-1], of_x0=of_x0, clamped=of_x0)
     return plan_on(config, schedule, grid, multistep_transitions(estimate, predictor, corrector, corrects))
+
+
+def _refuse_infinite_last_step(config: Mapping[str, JsonValue]) -> None:
+    """RequestError for options with which the step to sigma zero is not finite."""
+    if config["final_sigmas_type"] != "zero":
+        return
+    if not read_flag(config, "lower_order_final"):
+        raise unsupported_field("lower_order_final", False)
+    if config["solver_type"] == "bh1":
+        raise unsupported_field("solver_type", "bh1")
 
 
 def _integrals(

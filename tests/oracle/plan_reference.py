@@ -85,7 +85,7 @@ def run_reference(
     scheduler,
     steps: int,
     *,
-    eta: float = 0.0,
+    eta: float | None = None,
     dtype: torch.dtype = torch.float64,
     first: int = 0,
     grid: Mapping[str, object] | None = None,
@@ -94,6 +94,7 @@ def run_reference(
     """Step through, in float64 where asked: tables and sigmas as they are, everything after them in `dtype`.
 
     first: the step to begin with, as img2img does. grid: timesteps or sigmas of one's own, in the place of `steps`.
+    eta: passed to each step where it is given.
     feedback: how much of what the network sees is in its output, beside the random numbers.
     Noise that the scheduler draws itself is the row's own of `draws`, as often as it asks.
     """
@@ -112,7 +113,7 @@ def run_reference(
     sample = noise[0] * initial
     states, scales = [], []
     drawn = [False] * len(timesteps)
-    handed_over = eta > 0 and "variance_noise" in inspect.signature(scheduler.step).parameters
+    handed_over = eta is not None and eta > 0 and "variance_noise" in inspect.signature(scheduler.step).parameters
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "float32", dtype)  # the schedulers' upcasts to float32 must not lose float64
         for row, timestep in enumerate(timesteps):
@@ -123,7 +124,8 @@ def run_reference(
 
             patch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", draw, raising=False)
             scales.append(float(scale(torch.ones(1, dtype=dtype), timestep)))
-            options = {"eta": eta, "variance_noise": noise[2 + 2 * row]} if handed_over else {}
+            options = {} if eta is None else {"eta": eta}
+            options |= {"variance_noise": noise[2 + 2 * row]} if handed_over else {}
             output = noise[1 + 2 * row] + feedback * scales[-1] * sample
             sample = scheduler.step(output, timestep, sample, **options).prev_sample
             states.append(sample.numpy().astype(np.float64))
@@ -200,7 +202,8 @@ def check_family(
 def check(class_name: str, config: Mapping[str, object], steps: int, eta: float = 0.0) -> None:
     if steps == MANY:
         steps = 998 if config["timestep_spacing"] == "leading" else 999
-    reference = run_reference(make_scheduler(class_name, config), steps, eta=eta)
+    given = {"eta": eta} if eta > 0 else {}
+    reference = run_reference(make_scheduler(class_name, config), steps, **given)
     plan = build_plan(scheduler_class=class_name, scheduler_config=config, num_inference_steps=steps, eta=eta)
     fractional = class_name == "EulerDiscreteScheduler" and any(config.get(name) is True for name in SPACING_FIELDS)
     assert_agrees(

@@ -38,7 +38,7 @@ REFUSALS = (
     AttributeError,
 )
 BOUND = 1e-5
-TCD_ETA = 0.3  # what its step takes unless it is told otherwise
+WITH_ETA = ("DDIMScheduler", "DDIMParallelScheduler", "TCDScheduler")
 FEEDBACKS = (0.0, 0.3)  # the network's output is random numbers, and this share of what it sees
 SPACINGS = ("leading", "trailing", "linspace")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -48,6 +48,11 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 NOT_VARIED = {"timestep_spacing", "prediction_type", *filter(None, SIGMAS), "steps_offset", "rescale_betas_zero_snr"}
 OTHER_VALUES: Mapping[str, tuple[object, ...]] = {
     "clip_sample": (True,),
+    "lambda_min_clipped": (-5.1,),
+    "original_inference_steps": (100,),
+    "timestep_scaling": (5.0,),
+    "rho": (5.0,),
+    "sigma_data": (1.0,),
     "thresholding": (True,),
     "shift": (3.0,),
     "shift_terminal": (0.1,),
@@ -87,6 +92,15 @@ ITS_VALUES: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "SASolverScheduler": {"algorithm_type": ("data_prediction", "noise_prediction")},
     "UniPCMultistepScheduler": {"solver_type": ("bh1", "bh2")},
 }
+# Options that count only with another one that is on.
+TOGETHER: Mapping[str, tuple[object, tuple[str, ...]]] = {
+    "sigma_min": (0.05, tuple(filter(None, SIGMAS))),
+    "sigma_max": (10.0, tuple(filter(None, SIGMAS))),
+    "clip_sample_range": (0.5, ("clip_sample",)),
+    "dynamic_thresholding_ratio": (0.9, ("thresholding",)),
+    "sample_max_value": (2.0, ("thresholding",)),
+}
+AROUND: Mapping[str, Mapping[str, object]] = {"dynamic_thresholding_ratio": {"sample_max_value": 3.0}}
 SOLVER = ("algorithm_type", "solver_order", "solver_type")
 # Options that are not finite where the last sigma is zero, in the reference neither.
 ENDS_ON_SIGMA_MIN: Mapping[str, tuple[str, ...]] = {
@@ -144,12 +158,16 @@ WITHOUT_PLAN: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variation:
-    """What is asked of a class. grid: timesteps or sigmas of one's own; strength: the share of the steps that run."""
+    """What is asked of a class. grid: timesteps or sigmas of one's own; strength: the share of the steps that run.
+
+    eta: how much noise, of classes that have the choice.
+    """
 
     option: str
     config: Mapping[str, object]
     grid: str | None = None
     strength: float = 1.0
+    eta: float = 0.0
 
     def own_grid(self, steps: int, *, flow: bool) -> dict[str, tuple[float, ...]] | None:
         """The grid of `steps` steps; sigmas with the one after the last step, but for flow matching."""
@@ -188,6 +206,13 @@ def variations(class_name: str) -> Iterator[Variation]:
         words = [prediction or "velocity", *([] if spaced is None else [spaced.split("_")[1]])]
         yield Variation(option=", ".join(words), config=config)
     yield Variation(option="strength 0.6", config={}, strength=0.6)
+    for eta in (0.3, 1.0) if class_name in WITH_ETA else ():
+        yield Variation(option=f"eta={eta}", config={}, eta=eta)
+    for name, (value, needed) in TOGETHER.items():
+        for condition in needed:
+            if name in fields and condition in fields:
+                words = f"{name}={value} with {condition}"
+                yield Variation(option=words, config={**AROUND.get(name, {}), name: value, condition: True})
     own = inspect.signature(getattr(diffusers, class_name).set_timesteps).parameters
     for grid in ("timesteps", "sigmas"):
         if grid in own:
@@ -222,14 +247,13 @@ def measure(class_name: str, asked: Variation, steps: int) -> float:
     """
     family = FAMILIES[class_name]
     whole = {**(STABLE_DIFFUSION if family.schedule in ("betas", "none") else {}), **asked.config}
-    eta = TCD_ETA if class_name == "TCDScheduler" else 0.0
     grid = asked.own_grid(steps, flow=family.schedule == "flow")
     first = steps - int(steps * asked.strength)
     plan = build_plan(
         scheduler_class=class_name,
         scheduler_config=whole,
         num_inference_steps=steps if grid is None else None,
-        eta=eta,
+        eta=asked.eta,
         first=first,
         **(grid or {}),
     )
@@ -237,7 +261,8 @@ def measure(class_name: str, asked: Variation, steps: int) -> float:
     for feedback in FEEDBACKS:
         scheduler = make_scheduler(class_name, whole)
         listed = None if grid is None else {name: list(values) for name, values in grid.items()}
-        theirs = run_reference(scheduler, steps, feedback=feedback, first=first, grid=listed).states[-1]
+        given = {"eta": asked.eta} if class_name in WITH_ETA else {}
+        theirs = run_reference(scheduler, steps, feedback=feedback, first=first, grid=listed, **given).states[-1]
         if not np.isfinite(theirs).all():
             raise ValueError("the reference is not finite")
         ours = run_plan(plan, feedback)[-1]
@@ -308,7 +333,9 @@ def written(found: Mapping[str, Mapping[str, Line]], seconds: float) -> str:
         "it sees, and the same noise; the figure is the largest error of the last latents, relative to their "
         f"largest value, over all grids of the option. {cells:,} cells were measured in {seconds:.0f} s; the "
         f"worst is {worst:.1e}, the bound {BOUND:.0e}. What remains is the float32 in which the reference "
-        f"holds its sigmas; {len(ILL_CONDITIONED)} option is worse for that, and says so."
+        f"holds its sigmas; {len(ILL_CONDITIONED)} option is worse for that, and says so. Where a DDIM or DDPM "
+        "config does not say `clip_sample`, nothing is clipped, as Stable Diffusion's pipelines have it and not as "
+        "the bare classes."
     )
     text = [
         "# Schedulers",

@@ -146,3 +146,14 @@ def test_an_object_without_timesteps_or_of_another_shape_is_refused():
 def test_deriving_does_not_load_torch_for_an_object_that_does_not_use_it():
     code = "import sys, sdrt, sdrt.plan.derivation; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_step_without_a_sample_is_refused():
+    class Bare:
+        timesteps = np.array([9.0, 1.0])
+
+        def step(self, output, timestep, sample):
+            return (sample - output,)
+
+    with pytest.raises(RequestError, match="tuple, which has no prev_sample"):
+        derive(Bare())
