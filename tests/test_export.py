@@ -19,6 +19,7 @@ from sdrt.export.check import Expected, check_component
 from sdrt.export.checkpoint import component_hashes, identity_of, model_record, open_checkpoint
 from sdrt.export.components import COMPONENTS
 from sdrt.parity import max_relative
+from sdrt.plan import build_plan
 
 
 def session(folder, name):
@@ -139,3 +140,22 @@ def test_the_scheduler_is_what_the_pipeline_would_make_of_it(tiny_checkpoint, tm
     config = changed / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"steps_offset": 0}))
     assert model_record(open_checkpoint(changed), Store(tmp_path / "cache")).scheduler_config["steps_offset"] == 1
+
+
+def test_a_steps_offset_that_the_config_lacks_is_the_pipeline_s_for_its_own_class_alone(tiny_checkpoint, tmp_path):
+    changed = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    config = changed / "scheduler" / "scheduler_config.json"
+    fields = json.loads(config.read_text())
+    del fields["steps_offset"]
+    config.write_text(json.dumps(fields))
+    record = model_record(open_checkpoint(changed), Store(tmp_path / "cache"))
+    own, other = (
+        build_plan(
+            scheduler_class=record.scheduler_class,
+            scheduler_config=record.scheduler_config,
+            num_inference_steps=5,
+            scheduler=name,
+        )
+        for name in (None, "ddim")
+    )
+    assert (own.timesteps[-1], other.timesteps[-1]) == (1, 0)

@@ -193,8 +193,9 @@ def test_a_name_takes_over_what_from_config_takes_over(
 def test_a_config_written_by_another_scheduler_carries_over(origin: str, fields: dict[str, object], in_memory: bool):
     config = make_scheduler(origin, {**STABLE_DIFFUSION, **fields}).config
     given = {name: value for name, value in config.items() if in_memory or not name.startswith("_")}
-    reference = run_reference(make_scheduler("DPMSolverMultistepScheduler", given), 8)
-    plan = build_plan(scheduler_class=origin, scheduler_config=given, num_inference_steps=8, scheduler="dpmpp_2m")
+    class_name = "DPMSolverMultistepScheduler"
+    reference = run_reference(make_scheduler(class_name, given), 8)
+    plan = build_plan(scheduler_class=origin, scheduler_config=given, num_inference_steps=8, scheduler=class_name)
     assert_agrees(plan, reference)
 
 
