@@ -97,13 +97,14 @@ def trajectories(schedulers: tuple[str, ...]) -> list[Trajectory]:
             scheduler_class=OWN["betas"], scheduler_config=CONFIG, num_inference_steps=STEPS, scheduler=name
         )
         guidance = Guidance(inside=lanes, outside=lanes[1:], interval=range(len(plan)))
+        generator = TorchGenerator(seed)
         started.append(
             start_trajectory(
                 plan=plan,
                 guidance=guidance,
-                generator=TorchGenerator(seed),
+                generator=generator,
                 slots=MAX_STATE_SLOTS,
-                shape=LATENTS,
+                latents=generator.randn(LATENTS) * np.float32(plan.initial_scale),
             )
         )
     return started

@@ -118,6 +118,17 @@ def open_image(path: Path) -> Image.Image:
         ) from error
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any image as `open_image` gives it: upright RGB on white. RequestError where it is too large or an animation."""
+    _check_size(image.size, "the image")
+    if getattr(image, "n_frames", 1) > 1:
+        raise RequestError("the image is an animation", hint="give one of its frames")
+    try:
+        return _upright(_to_rgb(image), image.getexif().get(EXIF_ORIENTATION, 1))
+    except DAMAGE as error:
+        raise RequestError(f"the image cannot be converted: {error}", hint="give an RGB image") from error
+
+
 def save_png(image: Image.Image, path: Path, parameters: Mapping[str, JsonValue], *, overwrite: bool = False) -> None:
     """Write an image as PNG, with everything that made it as JSON under the text key "sdrt".
 
@@ -221,7 +232,7 @@ def _webp_size(head: bytes, path: Path) -> tuple[int, int]:
     return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
 
 
-def _check_size(size: tuple[int, int], path: Path) -> None:
+def _check_size(size: tuple[int, int], path: Path | str) -> None:
     width, height = size
     if width * height > LARGEST_PIXELS:
         raise RequestError(

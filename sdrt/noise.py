@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from sdrt.philox import PhiloxDraw, PhiloxGenerator
 
 _BLOCK = 16  # the reference fills in blocks of 16: 8 radii, then 8 angles
 _SEED_LIMIT = 2**64
+_PARALLEL = 1e-6  # the sine of an angle between noises that are the same
 
 
 GeneratorName = Literal["cpu", "cuda"]
@@ -92,6 +94,27 @@ class TorchGenerator:
         """A number in [0, 1): the low 53 bits of two outputs, the first of them the high half."""
         high, low = (int(word) for word in self._next_words(2))
         return float((high << 32 | low) & (2**53 - 1)) * 2.0**-53
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variation:
+    """Towards which other seed's noise a request's own goes, and how far: share 0 is the own one, 1 the other."""
+
+    seed: int
+    share: float
+    generator: GeneratorName
+
+    def apply(self, noise: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """`noise` and the other one interpolated on the sphere (Shoemake 1985), so that the variance stays: float32."""
+        other = GENERATORS[self.generator](self.seed).randn(noise.shape)
+        own, aim = noise.astype(np.float64), other.astype(np.float64)
+        cosine = np.clip(np.vdot(own, aim) / (np.linalg.norm(own) * np.linalg.norm(aim)), -1, 1)
+        angle = math.acos(cosine)
+        if math.sin(angle) < _PARALLEL:
+            return noise
+        weights = np.sin((1 - self.share) * angle), np.sin(self.share * angle)
+        varied: npt.NDArray[np.float32] = ((weights[0] * own + weights[1] * aim) / math.sin(angle)).astype(np.float32)
+        return varied
 
 
 # The device of a torch.Generator → its stream.

@@ -16,15 +16,16 @@ from sdrt.bundle import Bundle, JsonValue
 from sdrt.errors import RequestError
 from sdrt.guidance import Guidance, guidance_of
 from sdrt.image import from_pixels, to_images
-from sdrt.noise import GENERATORS, TorchGenerator
+from sdrt.noise import GENERATORS, TorchGenerator, Variation
 from sdrt.request import Request, ResolvedRequest, resolve_request
 from sdrt.runners import open_runner
 from sdrt.runners.base import VAE_DECODER_FLOAT32, FloatArray, Runner
 from sdrt.step_batch import Faults, StepBatch, open_batch
+from sdrt.tasks.base import Encode
 from sdrt.text import PromptEncoder
 from sdrt.tokenizer import Tokenizer
 from sdrt.trajectory import Trajectory, start_trajectory
-from sdrt.vae import Spare, decode_latents, encode_image, tile_for
+from sdrt.vae import Posterior, Spare, decode_latents, encode_posterior, tile_for
 
 _LONGEST_QUOTE = 200  # characters
 _OVERFLOWED = "the VAE overflowed in float16, so it decoded again in float32"
@@ -38,6 +39,7 @@ class Timings:
     """
 
     text_encoder_seconds: float
+    vae_encoder_seconds: float
     step_seconds: tuple[float, ...]
     vae_decoder_seconds: float
     total_seconds: float
@@ -85,6 +87,7 @@ class Result:
             "guidance_scale": request.guidance_scale,
             "scheduler": request.scheduler,
             "seed": request.seeds[index],
+            **_varied(request.variations[index]),
             "eta": request.eta,
             "generator": request.generator,
             "guidance_start": request.guidance_start,
@@ -92,6 +95,7 @@ class Result:
             "guidance_rescale": request.guidance_rescale,
             "timesteps": _listed(request.timesteps),
             "sigmas": _listed(request.sigmas),
+            **request.start.parameters(),
             **self.made_with,
         }
 
@@ -119,6 +123,7 @@ class Prepared:
     trajectories: tuple[Trajectory, ...]
     warnings: tuple[str, ...]
     text_encoder_seconds: float
+    vae_encoder_seconds: float
 
 
 class Pipeline:
@@ -181,24 +186,29 @@ class Pipeline:
         began = time.perf_counter()
         model = self.bundle.manifest.model
         guidance = self._guidance(request)
-        elapsed = time.perf_counter() - began
+        embedded = time.perf_counter()
         side = model.vae_downsample
         shape = (model.latent_channels, request.height // side, request.width // side)
-        slots = self.bundle.manifest.state_slots
-        return Prepared(
-            request=request,
-            trajectories=tuple(
+        trajectories = []
+        encode = _once(self.posterior)
+        for seed, variation in zip(request.seeds, request.variations, strict=True):
+            generator = GENERATORS[request.generator](seed)
+            vary = _as_it_is if variation is None else variation.apply
+            trajectories.append(
                 start_trajectory(
                     plan=request.plan,
                     guidance=guidance,
-                    generator=GENERATORS[request.generator](seed),
-                    slots=slots,
-                    shape=shape,
+                    generator=generator,
+                    slots=self.bundle.manifest.state_slots,
+                    latents=request.start.latents(request.plan, generator, shape, encode, vary),
                 )
-                for seed in request.seeds
-            ),
+            )
+        return Prepared(
+            request=request,
+            trajectories=tuple(trajectories),
             warnings=self._warnings(request),
-            text_encoder_seconds=elapsed,
+            text_encoder_seconds=embedded - began,
+            vae_encoder_seconds=time.perf_counter() - embedded,
         )
 
     def finish(
@@ -223,6 +233,7 @@ class Pipeline:
             latents=_latents_of(prepared),
             timings=Timings(
                 text_encoder_seconds=prepared.text_encoder_seconds,
+                vae_encoder_seconds=prepared.vae_encoder_seconds,
                 step_seconds=step_seconds,
                 vae_decoder_seconds=vae_decoder_seconds,
                 total_seconds=time.perf_counter() - began,
@@ -250,17 +261,18 @@ class Pipeline:
                 f"the image has {image.width}x{image.height} pixels; the VAE takes multiples of {side}",
                 hint=f"resize it, for example to {_on_grid(image.width, side)}x{_on_grid(image.height, side)}",
             )
-        noise = None
-        if seed is not None:
-            shape = (1, model.latent_channels, image.height // side, image.width // side)
-            noise = TorchGenerator(seed).randn(shape)
+        posterior = self.posterior(image)
+        return posterior.mode() if seed is None else posterior.sample(TorchGenerator(seed).randn(posterior.mean.shape))
+
+    def posterior(self, image: Image.Image) -> Posterior:
+        """What the VAE knows of an RGB image's latents. Raises RequestError for sides that it does not take."""
+        model = self.bundle.manifest.model
         pixels = np.asarray(image.convert("RGB"))[None]
-        return encode_image(
+        return encode_posterior(
             self.runner,
             from_pixels(pixels),
             scaling_factor=model.vae_scaling_factor,
-            vae_downsample=side,
-            noise=noise,
+            vae_downsample=model.vae_downsample,
             tile=self._tile,
         )
 
@@ -382,6 +394,28 @@ def _unused_without_guidance(request: ResolvedRequest) -> list[str]:
     names = [name for name, nothing in asked.items() if getattr(request, name) != nothing]
     scale = f"guidance_scale {request.guidance_scale:g} is without guidance"
     return [f"{scale}, so {' and '.join(names)} did nothing"] if names else []
+
+
+def _once(encode: Encode) -> Encode:
+    """`encode` that looks at each image once, however many results begin with it."""
+    known: dict[int, Posterior] = {}
+
+    def remembered(image: Image.Image) -> Posterior:
+        if id(image) not in known:
+            known[id(image)] = encode(image)
+        return known[id(image)]
+
+    return remembered
+
+
+def _as_it_is(noise: FloatArray) -> FloatArray:
+    return noise
+
+
+def _varied(variation: Variation | None) -> dict[str, JsonValue]:
+    if variation is None:
+        return {}
+    return {"variation_seed": variation.seed, "variation_strength": variation.share}
 
 
 def _listed(values: tuple[float, ...] | None) -> JsonValue:

@@ -5,16 +5,19 @@ import numbers
 import reprlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
 from sdrt.bundle import Manifest, ShapeProfile
 from sdrt.errors import RequestError
-from sdrt.noise import GENERATORS, GeneratorName
+from sdrt.image import as_rgb
+from sdrt.noise import GENERATORS, GeneratorName, Variation
 from sdrt.plan import SCHEDULERS, SamplingPlan, build_plan, count_steps
 from sdrt.plan.catalog import find_scheduler
 from sdrt.plan.clamping import Thresholding, read_thresholding
+from sdrt.tasks import DEFAULT_STRENGTH, ImageToImage, Start, TextToImage
 
 MAX_IMAGES = 64
 MAX_STEPS = 1000
@@ -25,13 +28,17 @@ LARGEST_FLOAT32 = 3.4028234663852886e38
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One text-to-image request, in the names of the diffusers pipelines. `None` means the model's default.
+    """One request, in the names of the diffusers pipelines. `None` means the model's default.
 
     num_inference_steps: 50 unless given, or as many as `timesteps` or `sigmas` have.
     scheduler: a name or a class (`sdrt schedulers` lists them), or a plan of one's own: `sdrt.plan.derive` makes them.
     seed: with `num_images_per_prompt` > 1, image i is made with seed + i, so each can be made again alone; or one seed
     for each image, as a list of generators.
     timesteps, sigmas: a grid of one's own, descending, as the reference's `set_timesteps` takes it.
+    image: what to begin with, instead of noise (image-to-image); it is resized where height or width say so. strength:
+    the share of the steps that then run, 0.8 unless given: the more, the freer.
+    variation_seed, variation_strength: how far, 0 to 1, each image's noise goes towards that of another seed; image i
+    of several is then made with the same seed and goes towards variation_seed + i.
     guidance_rescale: how far the guided output is brought to the deviation of the positive prompt's own, 0 to 1.
     generator: whose numbers the seed stands for, those of torch.Generator("cpu") or torch.Generator("cuda").
     guidance_start, guidance_end: the part of the steps that is guided, 0 to 1; outside it the negative prompt is not
@@ -54,13 +61,17 @@ class Request:
     guidance_rescale: float = 0.0
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None
+    image: Image.Image | None = None
+    strength: float | None = None
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedRequest:
     """A request that was checked against a bundle, with every default filled in, and its sampling plan.
 
-    seeds: that of each image.
+    seeds, variations: those of each image. start: the task, with what it begins with.
     """
 
     prompt: str
@@ -79,6 +90,8 @@ class ResolvedRequest:
     timesteps: tuple[float, ...] | None
     sigmas: tuple[float, ...] | None
     plan: SamplingPlan
+    start: Start
+    variations: tuple[Variation | None, ...]
 
     @property
     def seed(self) -> int:
@@ -110,7 +123,10 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
     """Check a request against a bundle and fill in its defaults. Raises RequestError; computes nothing."""
     _check_text("prompt", request.prompt)
     _check_text("negative_prompt", request.negative_prompt)
-    height, width = _resolve_size(request, manifest)
+    start = _resolve_start(request)
+    height, width = _resolve_size(request, manifest, start)
+    if isinstance(start, ImageToImage) and start.size != (height, width):
+        start = replace(start, image=start.image.resize((width, height), Image.Resampling.LANCZOS))
     guidance_scale = _finite("guidance_scale", request.guidance_scale)
     eta = _finite("eta", request.eta)
     if not 0 <= eta <= 1:
@@ -127,7 +143,10 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
     if not 0 <= guidance_rescale <= 1:
         raise RequestError(f"guidance_rescale is {guidance_rescale:g}", hint="give a number from 0 (not at all) to 1")
     timesteps, sigmas = (_numbers(name, getattr(request, name)) for name in ("timesteps", "sigmas"))
-    plan, scheduler, steps = _resolve_plan(request, manifest, eta, timesteps, sigmas)
+    plan, scheduler, steps = _resolve_plan(request, manifest, start, eta, timesteps, sigmas)
+    generator = _resolve_generator(request.generator)
+    seeds = _resolve_seeds(request.seed, request.num_images_per_prompt)
+    seeds, variations = _resolve_variations(request, seeds, generator)
     resolved = ResolvedRequest(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
@@ -136,15 +155,17 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         scheduler=scheduler,
-        seeds=_resolve_seeds(request.seed, request.num_images_per_prompt),
+        seeds=seeds,
+        variations=variations,
         eta=eta,
-        generator=_resolve_generator(request.generator),
+        generator=generator,
         guidance_start=guidance_start,
         guidance_end=guidance_end,
         guidance_rescale=guidance_rescale,
         timesteps=timesteps,
         sigmas=sigmas,
         plan=plan,
+        start=start,
     )
     if resolved.guided and not resolved.guided_rows:
         raise RequestError(
@@ -174,9 +195,44 @@ def nearest_size(profile: ShapeProfile, height: int, width: int) -> tuple[int, i
     return rows, columns
 
 
-def _resolve_size(request: Request, manifest: Manifest) -> tuple[int, int]:
+def _resolve_start(request: Request) -> Start:
+    """The task that the request means by what it brings."""
+    if request.image is None:
+        if request.strength is not None:
+            raise RequestError(
+                f"strength is {_shown(request.strength)}, but there is no image", hint="give an image, or leave it out"
+            )
+        return TextToImage()
+    if not isinstance(request.image, Image.Image):
+        raise RequestError(f"image is {type(request.image).__name__}", hint="give a PIL image: sdrt.image.open_image")
+    strength = DEFAULT_STRENGTH if request.strength is None else _finite("strength", request.strength)
+    if not 0 < strength <= 1:
+        raise RequestError(f"strength is {strength:g}", hint="give more than 0 (the image as it is), up to 1 (free)")
+    return ImageToImage(image=as_rgb(request.image), strength=strength)
+
+
+def _resolve_variations(
+    request: Request, seeds: tuple[int, ...], generator: GeneratorName
+) -> tuple[tuple[int, ...], tuple[Variation | None, ...]]:
+    """The seeds and variations of the images: with a variation, seeds that were counted up are one again."""
+    share = _finite("variation_strength", request.variation_strength)
+    if not 0 <= share <= 1:
+        raise RequestError(f"variation_strength is {share:g}", hint="give a number from 0 to 1")
+    if request.variation_seed is None:
+        if share != 0:
+            raise RequestError(f"variation_strength is {share:g} of no other seed", hint="give a variation_seed")
+        return seeds, (None,) * len(seeds)
+    first = _whole("variation_seed", request.variation_seed, 0, 2**64 - len(seeds))
+    if _listed(request.seed) is None:
+        seeds = (seeds[0],) * len(seeds)
+    others = range(first, first + len(seeds))
+    return seeds, tuple(Variation(seed=other, share=share, generator=generator) for other in others)
+
+
+def _resolve_size(request: Request, manifest: Manifest, start: Start) -> tuple[int, int]:
+    """(height, width): as asked for, else what the task begins with, else the model's own."""
     model, profile = manifest.model, manifest.profile
-    default = nearest_size(profile, model.default_height, model.default_width)
+    default = nearest_size(profile, model.default_height, model.default_width) if start.size is None else start.size
     height = default[0] if request.height is None else _whole("height", request.height, 1, 10**6)
     width = default[1] if request.width is None else _whole("width", request.width, 1, 10**6)
     if not profile.accepts(height, width):
@@ -194,6 +250,7 @@ def _resolve_size(request: Request, manifest: Manifest) -> tuple[int, int]:
 def _resolve_plan(
     request: Request,
     manifest: Manifest,
+    start: Start,
     eta: float,
     timesteps: tuple[float, ...] | None,
     sigmas: tuple[float, ...] | None,
@@ -206,8 +263,18 @@ def _resolve_plan(
         steps = _whole("num_inference_steps", steps, 1, MAX_STEPS)
     if isinstance(scheduler, SamplingPlan):
         _check_own_plan(request, scheduler, read_thresholding(model.scheduler_config))
+        if start.task == "image-to-image" and not np.isfinite(scheduler.noised).all():
+            raise RequestError("the plan does not say how an image enters it", hint="give its scheduler an add_noise")
         plan, name, count = scheduler, OWN_PLAN, len(scheduler)
     elif scheduler is None or isinstance(scheduler, str):
+        name = model.scheduler_class if scheduler is None else find_scheduler(scheduler).name
+        count = count_steps(
+            scheduler_class=model.scheduler_class,
+            scheduler=scheduler,
+            num_inference_steps=steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+        )
         plan = build_plan(
             scheduler_class=model.scheduler_class,
             scheduler_config=model.scheduler_config,
@@ -216,14 +283,7 @@ def _resolve_plan(
             eta=eta,
             timesteps=timesteps,
             sigmas=sigmas,
-        )
-        name = model.scheduler_class if scheduler is None else find_scheduler(scheduler).name
-        count = count_steps(
-            scheduler_class=model.scheduler_class,
-            scheduler=scheduler,
-            num_inference_steps=steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
+            first=start.first_step(count),
         )
     else:
         hint = f"give a SamplingPlan, or one of: {', '.join(SCHEDULERS)}"
@@ -238,7 +298,7 @@ def _resolve_plan(
 
 def _check_own_plan(request: Request, plan: SamplingPlan, thresholding: Thresholding | None) -> None:
     """A plan of one's own has its steps and its noise. thresholding: what the bundle's step graph does to an x₀."""
-    asked = {"num_inference_steps": None, "timesteps": None, "sigmas": None, "eta": 0}
+    asked = {"num_inference_steps": None, "timesteps": None, "sigmas": None, "eta": 0, "strength": None}
     beside = [name for name, absent in asked.items() if getattr(request, name) != absent]
     if beside:
         raise RequestError(f"{beside[0]} is given beside a plan, which has its own", hint=f"leave {beside[0]} out")

@@ -83,9 +83,9 @@ class Trajectory:
 
 
 def start_trajectory(
-    *, plan: SamplingPlan, guidance: Guidance, generator: Generator, slots: int, shape: tuple[int, int, int]
+    *, plan: SamplingPlan, guidance: Guidance, generator: Generator, slots: int, latents: FloatArray
 ) -> Trajectory:
-    """A trajectory at row 0, from the generator's first numbers. shape: (C, h, w)."""
-    state = np.zeros((slots, *shape), np.float32)
-    state[0] = generator.randn((1, *shape))[0] * np.float32(plan.initial_scale)
+    """A trajectory at row 0. latents: float32 [C, h, w], before that row; generator: for the noise of rows."""
+    state = np.zeros((slots, *latents.shape), np.float32)
+    state[0] = latents
     return Trajectory(plan=plan, guidance=guidance, generator=generator, state=state)

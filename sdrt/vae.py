@@ -81,19 +81,41 @@ def decode_latents(
     return _tiled(decode, unscaled, plan, channels=3, component=VAE_DECODER, progress=progress)
 
 
-def encode_image(
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Posterior:
+    """What an encoder knows of images' latents: a normal distribution. mean, deviation: float32 [B, C, h, w]."""
+
+    mean: FloatArray
+    deviation: FloatArray
+    scaling_factor: float
+
+    def mode(self) -> FloatArray:
+        """The scaled latents that are likeliest: float32 [B, C, h, w]."""
+        return self.mean * np.float32(self.scaling_factor)
+
+    def sample(self, noise: FloatArray) -> FloatArray:
+        """Scaled latents: mean + deviation · noise, float32 [B, C, h, w], `noise` being of that shape."""
+        if noise.shape != self.mean.shape:
+            raise RequestError(
+                f"the noise has shape {noise.shape}, the latents have {self.mean.shape}",
+                hint="draw noise of the latents' shape",
+            )
+        sampled: FloatArray = (self.mean + self.deviation * noise) * np.float32(self.scaling_factor)
+        return sampled
+
+
+def encode_posterior(
     runner: Runner,
     image: FloatArray,
     *,
     scaling_factor: float,
     vae_downsample: int,
-    noise: FloatArray | None,
     tile: int = DEFAULT_TILE,
     progress: Progress = silent,
-) -> FloatArray:
-    """Latents of images: mean + standard deviation · noise, or the mean when `noise` is None; then scaled.
+) -> Posterior:
+    """The latents' distribution of images.
 
-    image: float32 [B, 3, H, W] in [-1, 1]; noise and result: float32 [B, C, H / vae_downsample, W / vae_downsample].
+    image: float32 [B, 3, H, W] in [-1, 1].
     Raises RequestError for a size that is no multiple of `vae_downsample`, ParityError when a result is not finite.
     """
     _check_batch(image, "the image")
@@ -112,15 +134,25 @@ def encode_image(
     plan = _TilePlan.of(size, tile=tile, scale_in=vae_downsample, scale_out=1)
     parameters = _tiled(encode, image, plan, channels=None, component=VAE_ENCODER, progress=progress)
     mean, log_variance = np.split(parameters, 2, axis=1)
-    if noise is None:
-        return mean * np.float32(scaling_factor)
-    if noise.shape != mean.shape:
-        raise RequestError(
-            f"the noise has shape {noise.shape}, the latents have {mean.shape}", hint="draw noise of the latents' shape"
-        )
     deviation = np.exp(np.float32(0.5) * np.clip(log_variance, *LOG_VARIANCE_RANGE))
-    sampled: FloatArray = (mean + deviation * noise) * np.float32(scaling_factor)
-    return sampled
+    return Posterior(mean=mean, deviation=deviation, scaling_factor=scaling_factor)
+
+
+def encode_image(
+    runner: Runner,
+    image: FloatArray,
+    *,
+    scaling_factor: float,
+    vae_downsample: int,
+    noise: FloatArray | None,
+    tile: int = DEFAULT_TILE,
+    progress: Progress = silent,
+) -> FloatArray:
+    """Latents of images: a sample of `encode_posterior` with `noise`, or its mode when that is None."""
+    posterior = encode_posterior(
+        runner, image, scaling_factor=scaling_factor, vae_downsample=vae_downsample, tile=tile, progress=progress
+    )
+    return posterior.mode() if noise is None else posterior.sample(noise)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

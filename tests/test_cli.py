@@ -118,6 +118,33 @@ def test_options_without_effect_are_told(tiny_bundle, tmp_path, capsys):
     assert "guidance_rescale did nothing" in drawn(capsys, "run", tiny_bundle, "x", *options)["warnings"][0]
 
 
+def test_an_image_is_what_is_begun_with(picture, tiny_bundle, tmp_path, capsys):
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    options = ("--image", picture, "--strength", 0.5, "--steps", 4, "--seed", 2)
+    drawn(capsys, "run", tiny_bundle, "x", *options, "--out", first)
+    parameters = read_parameters(first)
+    assert (parameters["strength"], len(parameters["image_sha256"])) == (0.5, 64)
+    assert sdrt("run", tiny_bundle, "--from-image", first, "--image", picture, "--out", again) == 0
+    assert again.read_bytes() == first.read_bytes()
+    assert sdrt("run", tiny_bundle, "--from-image", first, "--out", tmp_path / "other.png") == 2
+    assert "--image" in capsys.readouterr().err
+
+
+def test_another_image_to_begin_with_is_told(picture, tiny_bundle, tmp_path, capsys):
+    first = tmp_path / "first.png"
+    drawn(capsys, "run", tiny_bundle, "x", "--image", picture, "--steps", 2, "--out", first)
+    assert sdrt("run", tiny_bundle, "--from-image", first, "--image", first, "--out", tmp_path / "b.png") == 0
+    assert "not the one of the time before" in capsys.readouterr().err
+
+
+def test_a_variation_is_remembered(tiny_bundle, tmp_path, capsys):
+    first, again = tmp_path / "a.png", tmp_path / "b.png"
+    options = ("--variation-seed", 4, "--variation-strength", 0.2, "--seed", 1, "-n", 2)
+    drawn(capsys, "run", tiny_bundle, "x", "--steps", 1, *options, "--out", first)
+    assert sdrt("run", tiny_bundle, "--from-image", tmp_path / "a-2.png", "--out", again) == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(tmp_path / "a-2.png")))
+
+
 def test_schedulers_lists_names_classes_and_spacings(capsys):
     listed = {each["name"]: each for each in drawn(capsys, "schedulers")["schedulers"]}
     assert listed["dpmpp_3m_sde"]["class"] == "DPMSolverMultistepScheduler"

@@ -38,6 +38,9 @@ REQUEST_FIELDS = (
     "guidance_rescale",
     "timesteps",
     "sigmas",
+    "strength",
+    "variation_seed",
+    "variation_strength",
 )
 
 # What an option says anew of a remembered image: the others of its kind no longer hold.
@@ -89,6 +92,18 @@ def run(
         float | None,
         typer.Option(metavar="SHARE", help="And up to this one: 0.6 saves time. Default: 1.", show_default=False),
     ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="IMAGE", help="Begin with this PNG, JPEG or WebP instead of noise.", show_default=False),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="How much of the steps then runs, above 0 (as it is) up to 1 (free). Default: 0.8.",
+            show_default=False,
+        ),
+    ] = None,
     guidance_rescale: Annotated[
         float | None,
         typer.Option(
@@ -135,6 +150,14 @@ def run(
             help="Image i of several is made with N + i; or a seed for each. Default: chosen and told.",
             show_default=False,
         ),
+    ] = None,
+    variation_seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Go towards the noise of this seed; several images: N + i.", show_default=False),
+    ] = None,
+    variation_strength: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="And how far, 0 to 1. Default: 0.", show_default=False),
     ] = None,
     generator: Annotated[
         str | None,
@@ -187,6 +210,10 @@ def run(
         "timesteps": _numbers("--timesteps", timesteps, float),
         "sigmas": _numbers("--sigmas", sigmas, float),
         "seed": _seed(seed),
+        "variation_seed": variation_seed,
+        "variation_strength": variation_strength,
+        "image": image,
+        "strength": strength,
         "generator": generator,
         "num_images_per_prompt": images,
     }
@@ -247,6 +274,7 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
     Raises RequestError, BundleError.
     """
     from sdrt.bundle import Bundle
+    from sdrt.image import open_image
     from sdrt.request import OWN_PLAN, Request, resolve_request
 
     bundle = Bundle.open(folder)
@@ -271,9 +299,28 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
         fields["scheduler"] = None
     if not isinstance(fields.get("scheduler"), str | None):
         raise RequestError(f"the scheduler is {fields['scheduler']!r}, not a name", hint="give one with --scheduler")
+    if "image" in fields:
+        fields["image"] = open_image(fields["image"])
+    _check_same_image(remembered, fields.get("image"))
     request = Request(**fields)
     resolved = resolve_request(request, bundle.manifest)
     return replace(request, seed=resolved.seeds, num_images_per_prompt=None), len(resolved.seeds), bundle
+
+
+def _check_same_image(remembered: dict[str, Any], image: "Image | None") -> None:
+    """An image that began with another one needs that one to be drawn again: an image does not hold it."""
+    from PIL.Image import Resampling
+
+    from sdrt.tasks.image_to_image import pixels_sha256
+
+    wanted = remembered.get("image_sha256")
+    if wanted is None:
+        return
+    if image is None:
+        raise RequestError("the image was made of another image, which it does not hold", hint="name that with --image")
+    size = (remembered["width"], remembered["height"])
+    if pixels_sha256(image if image.size == size else image.resize(size, resample=Resampling.LANCZOS)) != wanted:
+        print_warning("the image that is begun with is not the one of the time before, so the result will differ")
 
 
 def _remembered(image: Path) -> dict[str, Any]:
@@ -325,6 +372,7 @@ def _record(result: "Result", paths: Sequence[Path], sheet: Path | None) -> "dic
         "seeds": [*result.seeds],
         "seconds": {
             "text_encoder": timings.text_encoder_seconds,
+            "vae_encoder": timings.vae_encoder_seconds,
             "steps": list(timings.step_seconds),
             "vae_decoder": timings.vae_decoder_seconds,
             "gaps_between_steps": timings.gap_seconds,

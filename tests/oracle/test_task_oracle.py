@@ -1,0 +1,81 @@
+"""Each task's whole image is the one of the diffusers pipeline of that task, in float32, with the same seed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sdrt
+from sdrt.models.shapes.scenes import held_out_captions
+from sdrt.plan.catalog import NAMES
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
+CHECKPOINT = Path(__file__).parents[2] / "models" / "shapes" / "checkpoint"
+SCHEDULERS = ("ddim", "pndm", "lms", "euler_a", "heun", "dpm2", "dpmpp_2m", "dpmpp_2s", "unipc", "sa_solver", "lcm")
+
+
+@pytest.fixture(scope="module")
+def pipeline(shapes_bundle):
+    with sdrt.open(shapes_bundle) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def source(pipeline):
+    """A picture to begin with."""
+    return pipeline.generate(held_out_captions(1)[0], num_inference_steps=12, seed=1).images[0]
+
+
+@pytest.fixture(scope="module")
+def img2img():
+    """The reference pipeline as a function of a scheduler's name and the arguments of a call."""
+    import diffusers
+    import torch
+
+    reference = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(
+        CHECKPOINT, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
+    )
+    reference.set_progress_bar_config(disable=True)
+    own = reference.scheduler.config
+
+    def draw(name, seeds, **arguments):
+        named = NAMES[name]
+        reference.scheduler = getattr(diffusers, named.family.class_name).from_config(own, **named.fields)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        return reference(num_images_per_prompt=len(seeds), generator=generators, **arguments).images
+
+    return draw
+
+
+def assert_same(images, references):
+    for image, reference in zip(images, references, strict=True):
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(reference).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("index", range(len(SCHEDULERS)), ids=SCHEDULERS)
+def test_image_to_image(pipeline, source, img2img, index):
+    arguments = {
+        "prompt": held_out_captions(len(SCHEDULERS))[index],
+        "negative_prompt": "a small gray ring" if index % 2 else "",
+        "image": source,
+        "strength": (0.6, 0.35, 0.8, 1.0)[index % 4],
+        "num_inference_steps": 6 + index,
+        "guidance_scale": (4.0, 1.0, 7.5)[index % 3],
+    }
+    seeds = (50 + index, 7) if index % 3 == 0 else (50 + index,)
+    made = pipeline.generate(sdrt.Request(**arguments, scheduler=SCHEDULERS[index], seed=seeds)).images
+    assert_same(made, img2img(SCHEDULERS[index], seeds, **arguments))
+
+
+def test_it_shares_a_batch_with_text_to_image(pipeline, source):
+    requests = [
+        sdrt.Request(prompt="a large red star", num_inference_steps=5, seed=1, scheduler="euler"),
+        sdrt.Request(prompt="a large red star", num_inference_steps=9, seed=2, image=source, strength=0.5),
+        sdrt.Request(prompt="a blue ring", num_inference_steps=6, seed=3, image=source, scheduler="euler_a"),
+    ]
+    with sdrt.Batcher(pipeline) as batcher:
+        tickets = [batcher.submit(request) for request in requests]
+        together = [ticket.result(60).images[0] for ticket in tickets]
+    for request, image in zip(requests, together, strict=True):
+        assert image.tobytes() == pipeline.generate(request).images[0].tobytes()
