@@ -43,6 +43,7 @@ check: $(STAMP)  ## lint, format, types, import contracts
 	cd $(TREE) && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 
 oracle: $(STAMP)  ## every scheduler with every option against diffusers; writes docs/schedulers.md
+	$(BIN)/python -m pytest -m exhaustive tests/oracle
 	$(BIN)/python -m tests.oracle.scheduler_table docs/schedulers.md
 
 bench-host: $(STAMP)  ## what a plan costs, and a step beside the engines

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from sdrt.bundle import JsonValue
     from sdrt.plan.catalog import NamedScheduler
 
-_HEAD = ("name", "class in checkpoints", "spacings", "sets")
+_HEAD = ("name", "class in checkpoints", "for models of", "spacings", "sets")
 
 
 def schedulers(as_json: AsJson = False) -> None:
@@ -17,11 +17,15 @@ def schedulers(as_json: AsJson = False) -> None:
     from sdrt.plan.catalog import FAMILIES, NAMES, base_names
 
     bases = [NAMES[name] for name in base_names()]
-    rows = [(each.name, each.family.class_name, ", ".join(each.family.spacings), _fields_text(each)) for each in bases]
+    rows = [
+        (each.name, each.family.class_name, each.family.schedule, ", ".join(each.family.spacings), _fields_text(each))
+        for each in bases
+    ]
     result: dict[str, JsonValue] = {
         "schedulers": [
             {
                 "name": each.name,
+                "schedule": each.family.schedule,
                 "class": each.family.class_name,
                 "spacings": [*each.family.spacings],
                 "sets": dict(each.sets),
@@ -34,7 +38,7 @@ def schedulers(as_json: AsJson = False) -> None:
     }
     lines = [
         title("Schedulers: give --scheduler a name, a name with a spacing (euler_karras), or a class"),
-        *table(_HEAD, rows, left=(0, 1, 2, 3)),
+        *table(_HEAD, rows, left=(0, 1, 2, 3, 4)),
     ]
     emit(result, lines, as_json=as_json)
 

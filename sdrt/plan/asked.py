@@ -39,7 +39,11 @@ def refuse_own_grid(asked: AskedSteps, *names: str) -> None:
     """RequestError for `timesteps` or `sigmas` (those of `names`), by a scheduler that makes its own grid only."""
     for name in names:
         if getattr(asked, name) is not None:
-            raise RequestError(f"this scheduler takes no {name} of one's own", hint=f"leave {name} out, and name steps")
+            takers = "euler" if name == "sigmas" else "ddpm, euler, heun, dpmpp_2s, dpmpp_2m, lcm, tcd"
+            raise RequestError(
+                f"this scheduler takes no {name} of one's own",
+                hint=f"name the number of steps, or a scheduler that takes {name}: {takers}",
+            )
 
 
 def check_descending(name: str, values: Sequence[float], *, low: float, high: float) -> None:

@@ -236,6 +236,12 @@ def _suggestion(wanted: str, schedule: Schedule | None) -> str:
     names = [name for name, named in NAMES.items() if schedule in (None, named.family.schedule)]
     classes = [name for name, family in FAMILIES.items() if schedule in (None, family.schedule)]
     folded = {name.casefold(): name for name in (*names, *classes)}
-    near = difflib.get_close_matches(_normalised(wanted), folded, n=1, cutoff=0.5)
-    choices = f"choose one of: {', '.join(names)}; all with: sdrt schedulers"
-    return f"did you mean {folded[near[0]]}? {choices}" if near else choices
+    spelt = _normalised(wanted)
+    base, _, suffix = spelt.rpartition("_")
+    if base in NAMES and suffix in _SUFFIXES.values():
+        return f"{base} has no {suffix} sigmas: leave _{suffix} off; sdrt schedulers lists who has them"
+    near = difflib.get_close_matches(spelt, folded, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {folded[near[0]]}? all names: sdrt schedulers"
+    bases = [name for name in _BASES if name in names]
+    return f"choose one of: {', '.join(bases)}; with sigma spacings: sdrt schedulers"

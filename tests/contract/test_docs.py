@@ -64,6 +64,7 @@ def test_python_blocks_run(name, code, desk):
     assert done.returncode == 0, f"{name}\n{done.stderr}"
 
 
+@pytest.mark.timeout(900)  # many commands, builds among them
 def test_shell_lines_run(desk):
     lines = commands()
     assert lines

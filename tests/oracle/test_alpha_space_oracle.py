@@ -24,7 +24,7 @@ from tests.oracle.plan_reference import (
     run_reference,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [pytest.mark.exhaustive, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
 
 STEPS = (1, 3, 20)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

@@ -21,6 +21,7 @@ from tests.oracle.plan_reference import (
 )
 
 pytestmark = [
+    pytest.mark.exhaustive,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -38,7 +38,7 @@ from tests.oracle.plan_reference import (
     run_reference,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [pytest.mark.exhaustive, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
 
 STEPS = (1, 3, 20)
 SIGMA_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
