@@ -139,9 +139,10 @@ def _draw_ahead(trajectories: Sequence[Trajectory]) -> None:
 
 
 def _all_finite(values: FloatArray) -> bool:
-    """A sum is not finite if a term is not; where only the sum is too large, every value is looked at."""
+    """A sum of squares is not finite if a term is not; where only the sum is too large, every value is looked at."""
+    flat = values.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
+        return bool(np.isfinite(np.dot(flat, flat)) or np.isfinite(flat).all())
 
 
 class _DeviceBatch:
