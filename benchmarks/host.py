@@ -8,7 +8,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -129,13 +129,13 @@ def measure() -> dict[str, JsonValue]:
     plans = {name: plan_seconds(name) for name in NAMES}
     worst = max(plans, key=plans.__getitem__)
     steps: dict[str, JsonValue] = {}
-    mixtures: dict[str, Callable[[], tuple[str, ...]]] = {
-        "eight requests, eight schedulers, four of them with noise": lambda: MIXTURE,
-        "eight requests without noise": lambda: ("euler",) * REQUESTS,
-        "one request": lambda: ("euler",),
+    mixtures = {
+        "eight requests, eight schedulers, four of them with noise": MIXTURE,
+        "eight requests without noise": ("euler",) * REQUESTS,
+        "one request": ("euler",),
     }
-    for label, chosen in mixtures.items():
-        median, largest = step_seconds(chosen())
+    for label, schedulers in mixtures.items():
+        median, largest = step_seconds(schedulers)
         steps[label] = {"median_seconds": median, "largest_seconds": largest}
     return {
         "plan_of_50_steps": {

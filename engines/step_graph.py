@@ -80,6 +80,11 @@ class _Composer:
         name = "axes_" + "_".join(str(axis) for axis in axes)
         return self.add("Unsqueeze", [tensor, self.constant(name, np.array(axes, np.int64))], output)
 
+    def per_request(self, tensor: str, output: str) -> str:
+        """One number for each request, [R] or [R, 1], as [R, 1, 1, 1]."""
+        column = self.constant("column", np.array([-1, 1, 1, 1], np.int64))
+        return self.add("Reshape", [tensor, column], output)
+
     def sum(self, tensor: str, output: str, axis: int) -> str:
         """`tensor` summed over `axis`, which disappears."""
         return self.add(
@@ -205,8 +210,7 @@ def _feed_lanes(composer: _Composer, border: UnetBorder) -> dict[str, str]:
     """Nodes before the UNet; returns which tensor stands in for each of its inputs, and for its output."""
     first_slot = composer.constant("first_slot", np.array(0, np.int64))
     latents = composer.add("Gather", ["state", first_slot], f"{PREFIX}latents", axis=1)
-    column = composer.constant("column", np.array([-1, 1, 1, 1], np.int64))
-    scale = composer.add("Reshape", ["input_scale", column], f"{PREFIX}input_scale")
+    scale = composer.per_request("input_scale", f"{PREFIX}input_scale")
     scaled = composer.add("Mul", [latents, scale], f"{PREFIX}scaled")
     lanes = composer.add("Gather", [scaled, "lane_request"], f"{PREFIX}lanes", axis=0)
     return {
@@ -230,8 +234,7 @@ def _guide(composer: _Composer, border: UnetBorder) -> str:
     ratio = composer.add(
         "Div", [_deviation(composer, aim, "aim"), _deviation(composer, guided, "guided")], f"{PREFIX}deviations"
     )
-    column = composer.constant("column", np.array([-1, 1, 1, 1], np.int64))
-    share = composer.add("Reshape", ["guidance_rescale", column], f"{PREFIX}share")
+    share = composer.per_request("guidance_rescale", f"{PREFIX}share")
     one, zero = (composer.constant(name, np.array(value, np.float32)) for name, value in (("one", 1), ("zero", 0)))
     taken = composer.add("Mul", [share, ratio], f"{PREFIX}taken")
     left = composer.add("Sub", [one, share], f"{PREFIX}left")
@@ -271,12 +274,9 @@ def _clamp(composer: _Composer, model_output: str, thresholding: Thresholding | 
     clamp [R, 3] holds (a, b, limit): x₀ = a · latents + b · model_output is clamped to ± limit.
     """
     columns = [composer.constant(f"clamp_{index}", np.array([index], np.int64)) for index in range(3)]
-    shape = composer.constant("column", np.array([-1, 1, 1, 1], np.int64))
     on_latents, on_output, limit = (
-        composer.add(
-            "Reshape",
-            [composer.add("Gather", ["clamp", column], f"{PREFIX}clamp.{name}", axis=1), shape],
-            f"{PREFIX}clamp.{name}.wide",
+        composer.per_request(
+            composer.add("Gather", ["clamp", column], f"{PREFIX}clamp.{name}", axis=1), f"{PREFIX}clamp.{name}.wide"
         )
         for name, column in zip(("on_latents", "on_output", "limit"), columns, strict=True)
     )
@@ -333,8 +333,7 @@ def _threshold(composer: _Composer, x0: str, thresholding: Thresholding) -> str:
     ]
     bounded = composer.add("Max", [quantile, bounds[0]], f"{PREFIX}quantile.least")
     bounded = composer.add("Min", [bounded, bounds[1]], f"{PREFIX}quantile.bounded")
-    shape = composer.constant("column", np.array([-1, 1, 1, 1], np.int64))
-    return composer.add("Reshape", [bounded, shape], f"{PREFIX}threshold")
+    return composer.per_request(bounded, f"{PREFIX}threshold")
 
 
 def _transition(composer: _Composer, model_output: str, excess: str) -> None:

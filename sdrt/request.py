@@ -5,7 +5,7 @@ import numbers
 import reprlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -125,12 +125,9 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
     _check_text("negative_prompt", request.negative_prompt)
     start = _resolve_start(request)
     height, width = _resolve_size(request, manifest, start)
-    if isinstance(start, ImageToImage) and start.size != (height, width):
-        start = replace(start, image=start.image.resize((width, height), Image.Resampling.LANCZOS))
+    start = start.resized(height, width)
     guidance_scale = _finite("guidance_scale", request.guidance_scale)
-    eta = _finite("eta", request.eta)
-    if not 0 <= eta <= 1:
-        raise RequestError(f"eta is {eta:g}", hint="give a number from 0 (no noise) to 1")
+    eta = _share("eta", request.eta, hint="give a number from 0 (no noise) to 1")
     guidance_start, guidance_end = (
         _finite(name, getattr(request, name)) for name in ("guidance_start", "guidance_end")
     )
@@ -139,9 +136,8 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
             f"guidance_start is {guidance_start:g} and guidance_end {guidance_end:g}",
             hint="give shares of the steps: 0 <= start < end <= 1; for no guidance at all, guidance_scale 1",
         )
-    guidance_rescale = _finite("guidance_rescale", request.guidance_rescale)
-    if not 0 <= guidance_rescale <= 1:
-        raise RequestError(f"guidance_rescale is {guidance_rescale:g}", hint="give a number from 0 (not at all) to 1")
+    hint = "give a number from 0 (not at all) to 1"
+    guidance_rescale = _share("guidance_rescale", request.guidance_rescale, hint=hint)
     timesteps, sigmas = (_numbers(name, getattr(request, name)) for name in ("timesteps", "sigmas"))
     plan, scheduler, steps = _resolve_plan(request, manifest, start, eta, timesteps, sigmas)
     generator = _resolve_generator(request.generator)
@@ -215,9 +211,7 @@ def _resolve_variations(
     request: Request, seeds: tuple[int, ...], generator: GeneratorName
 ) -> tuple[tuple[int, ...], tuple[Variation | None, ...]]:
     """The seeds and variations of the images: with a variation, seeds that were counted up are one again."""
-    share = _finite("variation_strength", request.variation_strength)
-    if not 0 <= share <= 1:
-        raise RequestError(f"variation_strength is {share:g}", hint="give a number from 0 to 1")
+    share = _share("variation_strength", request.variation_strength, hint="give a number from 0 to 1")
     if request.variation_seed is None:
         if share != 0:
             raise RequestError(f"variation_strength is {share:g} of no other seed", hint="give a variation_seed")
@@ -263,11 +257,9 @@ def _resolve_plan(
         steps = _whole("num_inference_steps", steps, 1, MAX_STEPS)
     if isinstance(scheduler, SamplingPlan):
         _check_own_plan(request, scheduler, read_thresholding(model.scheduler_config))
-        if start.task == "image-to-image" and not np.isfinite(scheduler.noised).all():
-            raise RequestError("the plan does not say how an image enters it", hint="give its scheduler an add_noise")
+        start.check_plan(scheduler)
         plan, name, count = scheduler, OWN_PLAN, len(scheduler)
     elif scheduler is None or isinstance(scheduler, str):
-        name = model.scheduler_class if scheduler is None else find_scheduler(scheduler).name
         count = count_steps(
             scheduler_class=model.scheduler_class,
             scheduler=scheduler,
@@ -285,6 +277,7 @@ def _resolve_plan(
             sigmas=sigmas,
             first=start.first_step(count),
         )
+        name = model.scheduler_class if scheduler is None else find_scheduler(scheduler).name
     else:
         hint = f"give a SamplingPlan, or one of: {', '.join(SCHEDULERS)}"
         raise RequestError(f"scheduler is {type(scheduler).__name__}, not a name", hint=hint)
@@ -372,6 +365,13 @@ def _whole(name: str, value: object, minimum: int, maximum: int) -> int:
     if not minimum <= whole <= maximum:
         raise RequestError(f"{name} is {_shown(whole)}", hint=f"give a whole number from {minimum} to {maximum}")
     return whole
+
+
+def _share(name: str, value: object, *, hint: str) -> float:
+    share = _finite(name, value)
+    if not 0 <= share <= 1:
+        raise RequestError(f"{name} is {share:g}", hint=hint)
+    return share
 
 
 def _finite(name: str, value: object) -> float:

@@ -53,6 +53,14 @@ def open_batch(runner: Runner, trajectories: Sequence[Trajectory]) -> StepBatch:
     return _DeviceBatch(runner, members) if isinstance(runner, SteppingRunner) else _HostBatch(runner, members)
 
 
+def _inputs_while_alike(trajectories: Sequence[Trajectory]) -> tuple[int, dict[str, Array], dict[str, Array]]:
+    """(how many rows until lanes change, what stays for them with zeros as noise, what each of them has of its own)."""
+    rows = min(item.rows_alike for item in trajectories)
+    lasting = lasting_inputs(trajectories)
+    lasting["noise"] = np.zeros_like(lasting["state"][:, 0])
+    return rows, lasting, row_inputs(trajectories, rows)
+
+
 class _HostBatch:
     """Each row is a call of the runner, and collected at once.
 
@@ -101,10 +109,8 @@ class _HostBatch:
 
     def _open(self) -> None:
         """Put together what the rows until the next change of lanes need."""
-        self._row, self._left = 0, min(item.rows_alike for item in self.trajectories)
-        self._lasting = lasting_inputs(self.trajectories)
-        self._lasting["noise"] = np.zeros_like(self._lasting["state"][:, 0])
-        self._rows = row_inputs(self.trajectories, self._left)
+        self._row = 0
+        self._left, self._lasting, self._rows = _inputs_while_alike(self.trajectories)
 
     def _feeds(self) -> dict[str, Array]:
         noise = self._lasting["noise"]
@@ -198,11 +204,8 @@ class _DeviceBatch:
             self._steps.close()
 
     def _open(self) -> Steps:
-        self._left = min(item.rows_alike for item in self.trajectories)
-        inputs = lasting_inputs(self.trajectories)
-        inputs["noise"] = np.zeros_like(inputs["state"][:, 0])
+        self._left, inputs, rows = _inputs_while_alike(self.trajectories)
         requests, lanes = self._runner.batch_size(len(self.trajectories), len(inputs["lane_request"]))
-        rows = row_inputs(self.trajectories, self._left)
         return self._runner.open_steps(*pad_inputs(inputs, rows, requests=requests, lanes=lanes))
 
     def _end(self) -> None:

@@ -138,23 +138,6 @@ def encode_posterior(
     return Posterior(mean=mean, deviation=deviation, scaling_factor=scaling_factor)
 
 
-def encode_image(
-    runner: Runner,
-    image: FloatArray,
-    *,
-    scaling_factor: float,
-    vae_downsample: int,
-    noise: FloatArray | None,
-    tile: int = DEFAULT_TILE,
-    progress: Progress = silent,
-) -> FloatArray:
-    """Latents of images: a sample of `encode_posterior` with `noise`, or its mode when that is None."""
-    posterior = encode_posterior(
-        runner, image, scaling_factor=scaling_factor, vae_downsample=vae_downsample, tile=tile, progress=progress
-    )
-    return posterior.mode() if noise is None else posterior.sample(noise)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TilePlan:
     """The tiles of an image and by how much input and output are finer than latent pixels."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sdrt.errors import BundleError, Cancelled, ParityError, RequestError
 from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32
-from sdrt.vae import Spare, blend_weights, decode_latents, encode_image, tile_for, tile_spans
+from sdrt.vae import Spare, blend_weights, decode_latents, encode_posterior, tile_for, tile_spans
 
 FACTOR = 8
 SCALING = 0.5
@@ -93,7 +93,8 @@ def decode(runner, latents, **options):
 
 
 def encode(runner, image, noise=None, **options):
-    return encode_image(runner, image, scaling_factor=SCALING, vae_downsample=FACTOR, noise=noise, **options)
+    posterior = encode_posterior(runner, image, scaling_factor=SCALING, vae_downsample=FACTOR, **options)
+    return posterior.mode() if noise is None else posterior.sample(noise)
 
 
 SIZES = [(1, 1), (3, 8), (8, 8), (8, 9), (9, 9), (10, 24), (15, 40), (16, 17), (33, 2)]

@@ -81,16 +81,14 @@ _SUFFIXES: Mapping[str, str] = MappingProxyType(
 _OPTIONAL = frozenset({"rescale_betas_zero_snr"})
 
 
-def _of_betas(class_name: str, fields: Mapping[str, JsonValue], plan: MakePlanOfBetas) -> Family:
+def _of_betas(
+    class_name: str, fields: Mapping[str, JsonValue], plan: MakePlanOfBetas, *, schedule: Schedule = "betas"
+) -> Family:
     def make(config: Mapping[str, JsonValue], asked: AskedSteps) -> SamplingPlan:
         return plan(config, NoiseSchedule.from_config(config), asked)
 
     shared = {name: value for name, value in SCHEDULE_FIELDS.items() if name not in _OPTIONAL or name in fields}
-    return Family(class_name=class_name, schedule="betas", fields={**shared, **fields}, plan=make)
-
-
-def _ipndm(config: Mapping[str, JsonValue], asked: AskedSteps) -> SamplingPlan:
-    return ipndm.ipndm_plan(config, NoiseSchedule.from_config(config), asked)
+    return Family(class_name=class_name, schedule=schedule, fields={**shared, **fields}, plan=make)
 
 
 _FAMILIES = (
@@ -113,7 +111,7 @@ _FAMILIES = (
     _of_betas("SASolverScheduler", sa_solver.FIELDS, sa_solver.sa_solver_plan),
     _of_betas("LCMScheduler", lcm.FIELDS, lcm.lcm_plan),
     _of_betas("TCDScheduler", tcd.FIELDS, tcd.tcd_plan),
-    Family(class_name="IPNDMScheduler", schedule="none", fields={**SCHEDULE_FIELDS, **ipndm.FIELDS}, plan=_ipndm),
+    _of_betas("IPNDMScheduler", ipndm.FIELDS, ipndm.ipndm_plan, schedule="none"),
     Family(class_name="EDMEulerScheduler", schedule="edm", fields=edm.EULER_FIELDS, plan=edm.edm_euler_plan),
     Family(
         class_name="EDMDPMSolverMultistepScheduler",

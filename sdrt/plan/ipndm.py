@@ -13,7 +13,7 @@ from sdrt.plan.log_snr import Estimate, Update, multistep_transitions
 from sdrt.plan.rows import SamplingPlan
 from sdrt.schedule import Floats, NoiseSchedule, unsupported_field
 
-FIELDS: Mapping[str, JsonValue] = {}
+FIELDS: Mapping[str, JsonValue] = {"rescale_betas_zero_snr": False}  # which does not count either
 
 _ADAMS_BASHFORTH = np.array(
     [[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]

@@ -1,7 +1,7 @@
 """The seam between a request and its task: what it starts from, as one protocol."""
 
 from collections.abc import Callable, Mapping
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 from PIL import Image
 
@@ -28,6 +28,14 @@ class Start(Protocol):
     @property
     def size(self) -> tuple[int, int] | None:
         """(height, width) in pixels that it wants of the result; None: whatever the request says."""
+        ...
+
+    def resized(self, height: int, width: int) -> Self:
+        """The same for a result of this size, in pixels."""
+        ...
+
+    def check_plan(self, plan: SamplingPlan) -> None:
+        """RequestError for a plan that it cannot begin."""
         ...
 
     def first_step(self, num_inference_steps: int) -> int:

@@ -2,8 +2,8 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import numpy as np
 from PIL import Image
@@ -30,6 +30,17 @@ class ImageToImage:
     def size(self) -> tuple[int, int]:
         """That of the image."""
         return self.image.height, self.image.width
+
+    def resized(self, height: int, width: int) -> Self:
+        """With the image resized as the reference resizes it, unless it has this size."""
+        if self.size == (height, width):
+            return self
+        return replace(self, image=self.image.resize((width, height), Image.Resampling.LANCZOS))
+
+    def check_plan(self, plan: SamplingPlan) -> None:
+        """RequestError for a plan without `noised`."""
+        if not np.isfinite(plan.noised).all():
+            raise RequestError("the plan does not say how an image enters it", hint="give its scheduler an add_noise")
 
     def first_step(self, num_inference_steps: int) -> int:
         """The reference rounds the number of steps that run down, float error and all: 0.58 of 50 are 28."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -19,6 +19,13 @@ class TextToImage:
 
     task: ClassVar[TaskName] = "text-to-image"
     size: ClassVar[None] = None
+
+    def resized(self, height: int, width: int) -> Self:
+        """Noise is of any size."""
+        return self
+
+    def check_plan(self, plan: SamplingPlan) -> None:
+        """Any plan begins with noise."""
 
     def first_step(self, num_inference_steps: int) -> int:
         """None is left out."""

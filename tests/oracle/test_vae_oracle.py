@@ -13,7 +13,7 @@ from PIL import Image
 from sdrt.image import from_pixels, to_pixels
 from sdrt.models.shapes.scenes import scenes
 from sdrt.noise import TorchGenerator
-from sdrt.vae import DEFAULT_TILE, decode_latents, encode_image
+from sdrt.vae import DEFAULT_TILE, decode_latents, encode_posterior
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "shapes" / "checkpoint"
 SCALING = 0.18215
@@ -51,7 +51,8 @@ def decode(runner: TorchVae, latents: np.ndarray, tile: int = NEVER_TILED) -> np
 
 
 def encode(runner: TorchVae, image: np.ndarray, noise: np.ndarray | None, tile: int = NEVER_TILED) -> np.ndarray:
-    return encode_image(runner, image, scaling_factor=SCALING, vae_downsample=8, noise=noise, tile=tile)
+    posterior = encode_posterior(runner, image, scaling_factor=SCALING, vae_downsample=8, tile=tile)
+    return posterior.mode() if noise is None else posterior.sample(noise)
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
