@@ -17,6 +17,7 @@ import numpy as np
 
 from sdrt.benchmarks.machine import describe_machine
 from sdrt.bundle import JsonValue
+from sdrt.conditions import Start
 from sdrt.errors import SdrtError
 from sdrt.files import write_atomically
 from sdrt.guidance import Guidance, Lane
@@ -104,7 +105,7 @@ def trajectories(schedulers: tuple[str, ...]) -> list[Trajectory]:
                 guidance=guidance,
                 generator=generator,
                 slots=MAX_STATE_SLOTS,
-                latents=generator.randn(LATENTS) * np.float32(plan.initial_scale),
+                start=Start(latents=generator.randn(LATENTS) * np.float32(plan.initial_scale)),
             )
         )
     return started

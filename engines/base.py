@@ -29,6 +29,7 @@ class ComponentSource:
     max_lanes: int
     state_slots: int
     latent_channels: int
+    conditioning_channels: int
     prompt_embeds_dim: int
     vae_downsample: int
     default_height: int

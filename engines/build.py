@@ -148,6 +148,7 @@ def component_source(name: str, folder: OnnxFolder, profile: ShapeProfile) -> Co
         max_lanes=profile.max_batch * LANES_PER_IMAGE,
         state_slots=MAX_STATE_SLOTS,
         latent_channels=folder.model.latent_channels,
+        conditioning_channels=folder.model.conditioning_channels,
         prompt_embeds_dim=folder.model.prompt_embeds_dim,
         vae_downsample=folder.model.vae_downsample,
         default_height=folder.model.default_height,

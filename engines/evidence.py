@@ -18,11 +18,11 @@ from sdrt.engines.base import ComponentSource
 from sdrt.engines.components import BuiltComponent
 from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder
 from sdrt.engines.reference import Reference, find_reference, image_is_exported, runtime_bundle
-from sdrt.engines.seal import check_component, check_image
+from sdrt.engines.seal import GoldenResult, check_component, check_image
 from sdrt.exported import GoldenRequest
 from sdrt.progress import Progress
 from sdrt.runners import open_runner
-from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32
+from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32, Runner
 from sdrt.runners.cpu import cpu_features, cpu_name
 
 GOLDEN_FOLDER = "golden"
@@ -110,18 +110,26 @@ def _measure_against(
     with open_runner(_for_any_shape(bundle), threads=threads) as runner:
         for done, (name, golden) in enumerate(reference.results.items()):
             progress("parity", done, total)
-            slots = subject.manifest.state_slots
-            parities[name] = check_component(runner, name, golden, precision=precision, slots=slots)
+            parities[name] = _check(runner, name, golden, subject.manifest)
         if VAE_DECODER_FLOAT32 in {component.name for component in bundle.manifest.components}:
             golden = reference.results[VAE_DECODER]
-            parities[VAE_DECODER_FLOAT32] = check_component(
-                runner, VAE_DECODER_FLOAT32, golden, precision=precision, slots=subject.manifest.state_slots
-            )
+            parities[VAE_DECODER_FLOAT32] = _check(runner, VAE_DECODER_FLOAT32, golden, subject.manifest)
     progress("parity", total - 1, total)
     with open_runner(bundle, threads=threads) as runner:
         image = check_image(bundle, runner, reference.request, reference.image, precision=precision)
     progress("parity", total, total)
     return Evidence(reference=reference.description, request=reference.request, components=parities, image=image)
+
+
+def _check(runner: Runner, name: str, golden: GoldenResult, manifest: Manifest) -> ParityRecord:
+    return check_component(
+        runner,
+        name,
+        golden,
+        precision=manifest.precision,
+        slots=manifest.state_slots,
+        channels=manifest.model.latent_channels,
+    )
 
 
 def _for_any_shape(bundle: Bundle) -> Bundle:

@@ -108,7 +108,7 @@ def calibration_feeds(source: ComponentSource, inputs: Mapping[str, Array]) -> S
     if source.name != STEP:
         return [inputs]
     others = [{**inputs, TIMESTEP: np.full_like(inputs[TIMESTEP], value)} for value in _TIMESTEPS]
-    return [step_feeds(each, source.state_slots) for each in (inputs, *others)]
+    return [step_feeds(each, source.state_slots, source.latent_channels) for each in (inputs, *others)]
 
 
 def _asks_for_float32(folder: OnnxFolder, component: str) -> tuple[bool, bool]:

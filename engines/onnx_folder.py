@@ -11,7 +11,7 @@ import msgspec
 from sdrt.bundle import JsonValue, ModelRecord
 from sdrt.engines.onnx_files import MODEL_NAME
 from sdrt.errors import CheckpointError
-from sdrt.exported import EXPORT_FORMAT_VERSION, EXPORT_RECORD_NAME, ExportRecord, GoldenRequest
+from sdrt.exported import EXPORT_FORMAT_VERSION, EXPORT_RECORD_NAME, ExportRecord, GoldenRequest, task_of_channels
 from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 
 FOLDER_OF = {TEXT_ENCODER: "text_encoder", STEP: "unet", VAE_DECODER: "vae_decoder", VAE_ENCODER: "vae_encoder"}
@@ -82,14 +82,16 @@ def _model_of_configs(path: Path) -> ModelRecord:
     levels = len(_list(unet, "block_out_channels", unet_file))
     vae_downsample = 2 ** (len(_list(vae, "block_out_channels", vae_file)) - 1)
     side = _whole(unet, "sample_size", unet_file) * vae_downsample
+    latent_channels = _whole(unet, "out_channels", unet_file) if "out_channels" in unet else 4
     scaling = vae.get("scaling_factor", 0.18215)  # older configs of Stable Diffusion 1.x do not state it
     if not isinstance(scaling, int | float):
         raise CheckpointError(f"{vae_file}: scaling_factor is {scaling!r}, not a number", hint=_REEXPORT)
     return ModelRecord(
         name=path.resolve().name,
         identity=_identity(path),
-        task="text-to-image",
-        latent_channels=_whole(unet, "in_channels", unet_file),
+        task=task_of_channels(_whole(unet, "in_channels", unet_file) - latent_channels),
+        latent_channels=latent_channels,
+        conditioning_channels=_whole(unet, "in_channels", unet_file) - latent_channels,
         vae_downsample=vae_downsample,
         size_multiple=vae_downsample * 2 ** (levels - 1),
         vae_scaling_factor=float(scaling),

@@ -16,6 +16,7 @@ from sdrt.engines.step_graph import PREFIX, TIMESTEP
 from sdrt.errors import BackendError, BuildError, OutputError
 from sdrt.progress import Progress, silent
 from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+from sdrt.step_border import ALL_STEP_INPUTS, fixed_sizes
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -118,26 +119,25 @@ def _is_dynamic_where(shape: "ov.PartialShape", expected: Sequence[int | None]) 
 
 def _dimensions(source: ComponentSource) -> Mapping[str, tuple[int | None, ...]]:
     """The shape of every input that the component may have, with None for what varies."""
-    slots, channels = source.state_slots, source.latent_channels
+    channels = source.latent_channels
     by_component: Mapping[str, Mapping[str, tuple[int | None, ...]]] = {
         TEXT_ENCODER: {"input_ids": (None, None)},
         VAE_DECODER: {"latent_sample": (None, channels, None, None)},
         VAE_ENCODER: {"sample": (None, 3, None, None)},
-        STEP: {
-            "state": (None, slots, channels, None, None),
-            "input_scale": (None,),
-            "lane_request": (None,),
-            "timestep": (None,),
-            "prompt_embeds": (None, None, source.prompt_embeds_dim),
-            "guidance": (None, None),
-            "rescale_lanes": (None, None),
-            "guidance_rescale": (None,),
-            "clamp": (None, 3),
-            "transition": (None, slots, slots + 3),
-            "noise": (None, channels, None, None),
-        },
+        STEP: _step_dimensions(source),
     }
     return by_component[source.name]
+
+
+def _step_dimensions(source: ComponentSource) -> dict[str, tuple[int | None, ...]]:
+    sizes = fixed_sizes(
+        slots=source.state_slots,
+        channels=source.latent_channels,
+        features=source.prompt_embeds_dim,
+        conditioning_channels=source.conditioning_channels,
+    )
+    fixed = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    return {name: tuple(map(fixed.get, entry.dimensions)) for name, entry in ALL_STEP_INPUTS.items()}
 
 
 def _float32_nodes(model: "ov.Model", component: str) -> set[str]:

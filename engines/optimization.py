@@ -8,6 +8,7 @@ from sdrt.bundle import ShapeProfile, TensorSpec
 from sdrt.engines.base import ComponentSource
 from sdrt.errors import BuildError
 from sdrt.runners.base import LANES_PER_IMAGE, STEP, TEXT_ENCODER, VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER
+from sdrt.step_border import ALL_STEP_INPUTS
 from sdrt.vae import tile_for
 
 HOT_SIZES = 4  # sizes of a list that get a profile of their own; each costs building time and engine size
@@ -18,19 +19,7 @@ _DIMENSIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
         VAE_DECODER: {"latent_sample": ("batch", "channels", "height", "width")},
         VAE_DECODER_FLOAT32: {"latent_sample": ("batch", "channels", "height", "width")},
         VAE_ENCODER: {"sample": ("batch", "channels", "height", "width")},
-        STEP: {
-            "state": ("requests", "slots", "channels", "height", "width"),
-            "input_scale": ("requests",),
-            "lane_request": ("lanes",),
-            "timestep": ("lanes",),
-            "prompt_embeds": ("lanes", "length", "features"),
-            "guidance": ("requests", "lanes"),
-            "rescale_lanes": ("requests", "lanes"),
-            "guidance_rescale": ("requests",),
-            "clamp": ("requests", "limits"),
-            "transition": ("requests", "slots", "columns"),
-            "noise": ("requests", "channels", "height", "width"),
-        },
+        STEP: {name: entry.dimensions for name, entry in ALL_STEP_INPUTS.items()},
     }
 )
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdrt.bundle import Bundle, ParityRecord, Precision
-from sdrt.engines.step_graph import PROMPT_EMBEDS, SAMPLE, TIMESTEP
+from sdrt.engines.step_graph import CLASS_LABELS, PROMPT_EMBEDS, SAMPLE, TIMESTEP
 from sdrt.errors import BuildError, ParityError
 from sdrt.exported import GoldenRequest
 from sdrt.parity import image_parity, max_relative, meets
@@ -63,14 +63,14 @@ def read_golden_image(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def check_component(
-    runner: Runner, name: str, golden: GoldenResult, *, precision: Precision, slots: int
+    runner: Runner, name: str, golden: GoldenResult, *, precision: Precision, slots: int, channels: int
 ) -> ParityRecord:
-    """Run one component on its golden inputs.
+    """Run one component on its golden inputs. slots, channels: of the step graph's state.
 
     ParityError: too far from the golden outputs. BuildError: the golden outputs are not those of the component.
     """
     if name == STEP:
-        output = _evaluate_network(runner, golden.inputs, slots)
+        output = _evaluate_network(runner, golden.inputs, slots, channels)
         measured = dict.fromkeys(golden.outputs, output)
     else:
         measured = runner.run(name, golden.inputs)
@@ -103,20 +103,24 @@ def check_image(
     return record
 
 
-def _evaluate_network(runner: Runner, inputs: Mapping[str, Array], slots: int) -> FloatArray:
+def _evaluate_network(runner: Runner, inputs: Mapping[str, Array], slots: int, channels: int) -> FloatArray:
     """The network's own output, through the step graph."""
-    return runner.run(STEP, step_feeds(inputs, slots))["next_state"][:, 0]
+    return runner.run(STEP, step_feeds(inputs, slots, channels))["next_state"][:, 0]
 
 
-def step_feeds(inputs: Mapping[str, Array], slots: int) -> dict[str, Array]:
-    """The step graph's inputs that leave the network's own output for `inputs` in each request's first slot."""
+def step_feeds(inputs: Mapping[str, Array], slots: int, channels: int) -> dict[str, Array]:
+    """The step graph's inputs that leave the network's own output for `inputs` in each request's first slot.
+
+    channels: those of the latents; what the sample has beside them is the conditioning.
+    """
     sample = np.asarray(inputs[SAMPLE], np.float32)
-    count = len(sample)
-    state = np.zeros((count, slots, *sample.shape[1:]), np.float32)
-    state[:, 0] = sample
+    latents, conditioning = sample[:, :channels], sample[:, channels:]
+    count, _, height, width = latents.shape
+    state = np.zeros((count, slots, channels, height, width), np.float32)
+    state[:, 0] = latents
     transition = np.zeros((count, slots, slots + 3), np.float32)
     transition[:, 0, slots] = 1
-    return {
+    feeds: dict[str, Array] = {
         "state": state,
         "input_scale": np.ones(count, np.float32),
         "lane_request": np.arange(count),
@@ -127,8 +131,16 @@ def step_feeds(inputs: Mapping[str, Array], slots: int) -> dict[str, Array]:
         "guidance_rescale": np.zeros(count, np.float32),
         "clamp": np.zeros((count, 3), np.float32),
         "transition": transition,
-        "noise": np.zeros_like(sample),
+        "noise": np.zeros_like(latents),
+        "mask": np.ones((count, 1, height, width), np.float32),
+        "known": np.zeros((count, 2, channels, height, width), np.float32),
+        "known_weights": np.zeros((count, 2), np.float32),
     }
+    if conditioning.size:
+        feeds |= {"conditioning": conditioning, "lane_conditioning": np.ones(count, np.float32)}
+    if CLASS_LABELS in inputs:
+        feeds[CLASS_LABELS] = np.asarray(inputs[CLASS_LABELS], np.int64)
+    return feeds
 
 
 def make_image(bundle: Bundle, runner: Runner, request: GoldenRequest) -> npt.NDArray[np.uint8]:

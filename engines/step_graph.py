@@ -11,27 +11,17 @@ from onnx import TensorProto, helper, numpy_helper
 from sdrt.bundle import JsonValue
 from sdrt.errors import BuildError
 from sdrt.plan.clamping import Thresholding
+from sdrt.step_border import ALL_STEP_INPUTS, fixed_sizes, step_inputs_of
 
-COMPOSER_VERSION = 2  # part of every cache key: raise it with any change to the composed graph
+COMPOSER_VERSION = 3  # part of every cache key: raise it with any change to the composed graph
 PREFIX = "sdrt."
-SAMPLE, TIMESTEP, PROMPT_EMBEDS = "sample", "timestep", "encoder_hidden_states"
-STEP_INPUTS = (
-    "state",
-    "input_scale",
-    "lane_request",
-    "timestep",
-    "prompt_embeds",
-    "guidance",
-    "rescale_lanes",
-    "guidance_rescale",
-    "clamp",
-    "transition",
-    "noise",
-)
+SAMPLE, TIMESTEP, PROMPT_EMBEDS, CLASS_LABELS = "sample", "timestep", "encoder_hidden_states", "class_labels"
 _OUTPUT = f"{PREFIX}out_sample"
 _UNET_INPUTS = (SAMPLE, TIMESTEP, PROMPT_EMBEDS)
+_OPTIONAL_UNET_INPUTS = (CLASS_LABELS,)
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _INTEGERS = (TensorProto.INT64, TensorProto.INT32)
+_ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 _FIRST_OPSET = 13  # from here on Unsqueeze and ReduceSum take their axes as inputs
 _AXES_ARE_INPUTS = 18  # and from here on ReduceMean
 _REEXPORT = "export the checkpoint with sdrt, or a text-to-image UNet in the layout of Hugging Face Optimum"
@@ -41,7 +31,10 @@ Dimension = int | str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnetBorder:
-    """What the step graph has to know of the UNet: its element types, and the sizes fixed in it."""
+    """What the step graph has to know of the UNet: its element types, and the sizes fixed in it.
+
+    channels: of the latents, which are those of its output; conditioning_channels: how many more its sample has.
+    """
 
     sample_type: int
     timestep_type: int
@@ -49,7 +42,9 @@ class UnetBorder:
     output: str
     output_type: int
     channels: Dimension
+    conditioning_channels: int
     prompt_embeds_dim: Dimension
+    class_labels_type: int | None
     opset: int
 
 
@@ -110,13 +105,11 @@ class _Composer:
 def compose_step_graph(unet: onnx.ModelProto, slots: int, thresholding: Thresholding | None = None) -> onnx.ModelProto:
     """One denoising step for R requests as M lanes, around `unet`.
 
-    inputs: state float32 [R, n, C, h, w], input_scale float32 [R], lane_request int64 [M], timestep float32 [M],
-    prompt_embeds float32 [M, L, d], guidance and rescale_lanes float32 [R, M], guidance_rescale float32 [R],
-    clamp float32 [R, 3], transition float32 [R, n, n + 3], noise float32 [R, C, h, w];
-    output: next_state float32 [R, n, C, h, w], with n = `slots`.
+    inputs: those of `sdrt.step_border`; output: next_state float32 [R, n, C, h, w], with n = `slots`.
     thresholding: what is clamped is clamped so, not at the limit that `clamp` has.
 
-    `unet` has the inputs sample [M, C, h, w], timestep [M] (of any number type) and encoder_hidden_states [M, L, d].
+    `unet` has the inputs sample [M, C + K, h, w], timestep [M] (of any number type) and encoder_hidden_states
+    [M, L, d], and may have class_labels [M]; its output has C channels.
     Its weights need not be loaded, keep their names, and it is not changed itself.
     BuildError: missing or extra inputs, a shape or an element type that cannot be served.
     """
@@ -125,7 +118,7 @@ def compose_step_graph(unet: onnx.ModelProto, slots: int, thresholding: Threshol
     feeds = _feed_lanes(before, border)
     model_output = _guide(after, border)
     excess = _clamp(after, model_output, thresholding)
-    _transition(after, model_output, excess)
+    _blend(after, _transition(after, model_output, excess), slots)
 
     model = onnx.ModelProto()
     model.CopyFrom(unet)
@@ -155,7 +148,7 @@ def read_unet_border(unet: onnx.ModelProto) -> UnetBorder:
     inputs = {value.name: value.type.tensor_type for value in unet.graph.input if value.name not in weights}
     _check_names(inputs, [value.name for value in unet.graph.output])
     opset = _read_opset(unet)
-    shapes = {name: _shape(inputs[name]) for name in _UNET_INPUTS}
+    shapes = {name: _shape(tensor) for name, tensor in inputs.items()}
     for name, rank in ((SAMPLE, 4), (PROMPT_EMBEDS, 3)):
         if len(shapes[name]) != rank:
             raise BuildError(f"the UNet's {name} has the shape {shapes[name]}, not {rank} dimensions", hint=_REEXPORT)
@@ -169,26 +162,32 @@ def read_unet_border(unet: onnx.ModelProto) -> UnetBorder:
     _check_type(TIMESTEP, inputs[TIMESTEP].elem_type, (*_FLOATS, TensorProto.DOUBLE, *_INTEGERS))
     output = unet.graph.output[0]
     _check_type(output.name, output.type.tensor_type.elem_type, _FLOATS)
+    labels = inputs.get(CLASS_LABELS)
+    if labels is not None:
+        _check_type(CLASS_LABELS, labels.elem_type, _INTEGERS)
+    channels, conditioning_channels = _channels(shapes[SAMPLE][1], _shape(output.type.tensor_type))
     return UnetBorder(
         sample_type=inputs[SAMPLE].elem_type,
         timestep_type=inputs[TIMESTEP].elem_type,
         prompt_embeds_type=inputs[PROMPT_EMBEDS].elem_type,
         output=output.name,
         output_type=output.type.tensor_type.elem_type,
-        channels=_fixed(shapes[SAMPLE][1], "channels"),
+        channels=channels,
+        conditioning_channels=conditioning_channels,
         prompt_embeds_dim=_fixed(shapes[PROMPT_EMBEDS][2], "features"),
+        class_labels_type=None if labels is None else labels.elem_type,
         opset=opset,
     )
 
 
 def _check_names(inputs: Mapping[str, onnx.TypeProto.Tensor], outputs: Sequence[str]) -> None:
     missing = [name for name in _UNET_INPUTS if name not in inputs]
-    extra = sorted(set(inputs) - set(_UNET_INPUTS))
+    extra = sorted(set(inputs) - {*_UNET_INPUTS, *_OPTIONAL_UNET_INPUTS})
     if missing or extra:
         facts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"also wants {', '.join(extra)}"] * bool(extra)
         raise BuildError(
             f"the UNet {' and '.join(facts)}",
-            hint=f"a text-to-image UNet has exactly the inputs {', '.join(_UNET_INPUTS)}",
+            hint=f"a UNet has the inputs {', '.join(_UNET_INPUTS)}, and may have {', '.join(_OPTIONAL_UNET_INPUTS)}",
         )
     if len(outputs) != 1:
         raise BuildError(f"the UNet has {len(outputs)} outputs: {', '.join(outputs)}", hint=_REEXPORT)
@@ -213,12 +212,24 @@ def _feed_lanes(composer: _Composer, border: UnetBorder) -> dict[str, str]:
     scale = composer.per_request("input_scale", f"{PREFIX}input_scale")
     scaled = composer.add("Mul", [latents, scale], f"{PREFIX}scaled")
     lanes = composer.add("Gather", [scaled, "lane_request"], f"{PREFIX}lanes", axis=0)
-    return {
+    if border.conditioning_channels:
+        lanes = composer.add("Concat", [lanes, _condition(composer)], f"{PREFIX}conditioned", axis=1)
+    feeds = {
         SAMPLE: composer.cast(lanes, border.sample_type, f"{PREFIX}sample"),
         TIMESTEP: composer.cast("timestep", border.timestep_type, f"{PREFIX}timestep"),
         PROMPT_EMBEDS: composer.cast("prompt_embeds", border.prompt_embeds_type, f"{PREFIX}prompt_embeds"),
         border.output: _OUTPUT,
     }
+    if border.class_labels_type == TensorProto.INT32:
+        feeds[CLASS_LABELS] = composer.add("Cast", [CLASS_LABELS], f"{PREFIX}class_labels", to=TensorProto.INT32)
+    return feeds
+
+
+def _condition(composer: _Composer) -> str:
+    """Each lane's share of its request's conditioning: [M, K, h, w]. Inputs of the network that no row scales."""
+    own = composer.add("Gather", ["conditioning", "lane_request"], f"{PREFIX}lane_condition", axis=0)
+    share = composer.per_request("lane_conditioning", f"{PREFIX}lane_share")
+    return composer.add("Mul", [own, share], f"{PREFIX}condition")
 
 
 def _guide(composer: _Composer, border: UnetBorder) -> str:
@@ -336,8 +347,8 @@ def _threshold(composer: _Composer, x0: str, thresholding: Thresholding) -> str:
     return composer.per_request(bounded, f"{PREFIX}threshold")
 
 
-def _transition(composer: _Composer, model_output: str, excess: str) -> None:
-    """next_state [R, n, C, h, w] = transition · [state; model_output; noise; excess], element by element."""
+def _transition(composer: _Composer, model_output: str, excess: str) -> str:
+    """[R, n, C, h, w] = transition · [state; model_output; noise; excess], element by element."""
     parts = [
         composer.unsqueeze(tensor, f"{PREFIX}{name}_slot", 1)
         for name, tensor in (("output", model_output), ("noise", "noise"), ("excess", excess))
@@ -346,23 +357,50 @@ def _transition(composer: _Composer, model_output: str, excess: str) -> None:
     columns = composer.unsqueeze(stack, f"{PREFIX}columns", 1)
     weights = composer.unsqueeze("transition", f"{PREFIX}transition", 3, 4, 5)
     terms = composer.add("Mul", [weights, columns], f"{PREFIX}terms")
-    composer.sum(terms, "next_state", 2)
+    return composer.sum(terms, f"{PREFIX}moved", 2)
+
+
+def _blend(composer: _Composer, moved: str, slots: int) -> None:
+    """next_state: in slot 0, mask · latents + (1 - mask) · (what is known, as noisy as they are then).
+
+    known [R, 2, C, h, w] holds latents and noise, known_weights [R, 2] how much of each there is after the row.
+    """
+    first_slot = composer.constant("first_slot", np.array(0, np.int64))
+    latents = composer.add("Gather", [moved, first_slot], f"{PREFIX}moved.latents", axis=1)
+    weights = composer.unsqueeze("known_weights", f"{PREFIX}known.weights", 2, 3, 4)
+    weighted = composer.add("Mul", ["known", weights], f"{PREFIX}known.weighted")
+    known = composer.sum(weighted, f"{PREFIX}known", 1)
+    one = composer.constant("one", np.array(1, np.float32))
+    kept = composer.add("Sub", [one, "mask"], f"{PREFIX}kept")
+    parts = [
+        composer.add("Mul", [latents, "mask"], f"{PREFIX}blend.drawn"),
+        composer.add("Mul", [known, kept], f"{PREFIX}blend.known"),
+    ]
+    blended = composer.add("Add", parts, f"{PREFIX}blend")
+    whole = [composer.unsqueeze(blended, f"{PREFIX}blend.slot", 1)]
+    if slots > 1:
+        bounds = [
+            composer.constant(name, np.array([value], np.int64))
+            for name, value in (("second_slot", 1), ("end_slot", slots), ("slot_axis", 1))
+        ]
+        whole.append(composer.add("Slice", [moved, *bounds], f"{PREFIX}moved.others"))
+    composer.add("Concat", whole, "next_state", axis=1)
 
 
 def _inputs(border: UnetBorder, slots: int) -> list[onnx.ValueInfoProto]:
-    latents = (border.channels, "height", "width")
+    sizes = fixed_sizes(
+        slots=slots,
+        channels=border.channels,
+        features=border.prompt_embeds_dim,
+        conditioning_channels=border.conditioning_channels,
+    )
     return [
-        _tensor("state", TensorProto.FLOAT, ("requests", slots, *latents)),
-        _tensor("input_scale", TensorProto.FLOAT, ("requests",)),
-        _tensor("lane_request", TensorProto.INT64, ("lanes",)),
-        _tensor("timestep", TensorProto.FLOAT, ("lanes",)),
-        _tensor("prompt_embeds", TensorProto.FLOAT, ("lanes", "length", border.prompt_embeds_dim)),
-        _tensor("guidance", TensorProto.FLOAT, ("requests", "lanes")),
-        _tensor("rescale_lanes", TensorProto.FLOAT, ("requests", "lanes")),
-        _tensor("guidance_rescale", TensorProto.FLOAT, ("requests",)),
-        _tensor("clamp", TensorProto.FLOAT, ("requests", 3)),
-        _tensor("transition", TensorProto.FLOAT, ("requests", slots, slots + 3)),
-        _tensor("noise", TensorProto.FLOAT, ("requests", *latents)),
+        _tensor(
+            entry.name, _ELEMENT_TYPES[entry.dtype], [sizes.get(dimension, dimension) for dimension in entry.dimensions]
+        )
+        for entry in step_inputs_of(
+            conditioning_channels=border.conditioning_channels, class_labels=border.class_labels_type is not None
+        )
     ]
 
 
@@ -377,13 +415,23 @@ def _shape(tensor: onnx.TypeProto.Tensor) -> tuple[Dimension, ...]:
     )
 
 
+def _channels(sample: Dimension, output: tuple[Dimension, ...]) -> tuple[Dimension, int]:
+    """(the latents' channels, how many more the sample has); where the output does not say, there are no more."""
+    own = output[1] if len(output) == 4 else sample
+    if not isinstance(sample, int) or not isinstance(own, int):
+        return _fixed(sample, "channels"), 0
+    if sample < own:
+        raise BuildError(f"the UNet takes {sample} channels and gives {own}", hint=_REEXPORT)
+    return own, sample - own
+
+
 def _fixed(dimension: Dimension, name: str) -> Dimension:
     return dimension if isinstance(dimension, int) else name
 
 
 def _renames(graph: onnx.GraphProto, feeds: Mapping[str, str]) -> dict[str, str]:
     """`feeds`, and new names for what the UNet happens to call like a tensor of the step graph."""
-    taken = {*STEP_INPUTS, "next_state"}
+    taken = {*ALL_STEP_INPUTS, "next_state"}
     weights = {initializer.name for initializer in graph.initializer}
     clashes = sorted(name for name in weights if name in taken or name.startswith(PREFIX))
     if clashes:

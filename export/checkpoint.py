@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sdrt.bundle import ModelRecord
+from sdrt.bundle import ModelRecord, ModelTask
 from sdrt.cache import Store, cache_key
 from sdrt.errors import CheckpointError
+from sdrt.exported import task_of_channels
 from sdrt.plan.catalog import FAMILIES
 
 COMPONENT_CLASSES: Mapping[str, str] = {
@@ -72,6 +73,16 @@ class Checkpoint:
         return int(self.vae_downsample * 2 ** (len(self.configs["unet"]["block_out_channels"]) - 1))
 
     @property
+    def conditioning_channels(self) -> int:
+        """How many channels the UNet takes beside the latents'."""
+        return int(self.configs["unet"]["in_channels"]) - int(self.configs["vae"]["latent_channels"])
+
+    @property
+    def task(self) -> ModelTask:
+        """What the checkpoint was made for."""
+        return task_of_channels(self.conditioning_channels)
+
+    @property
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was trained for."""
         sample = self.configs["unet"].get("sample_size", 64)
@@ -128,8 +139,9 @@ def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
     return ModelRecord(
         name=checkpoint.name,
         identity=identity_of(checkpoint, store),
-        task="text-to-image",
+        task=checkpoint.task,
         latent_channels=int(checkpoint.configs["vae"]["latent_channels"]),
+        conditioning_channels=checkpoint.conditioning_channels,
         vae_downsample=checkpoint.vae_downsample,
         size_multiple=checkpoint.size_multiple,
         vae_scaling_factor=float(checkpoint.configs["vae"].get("scaling_factor", 0.18215)),

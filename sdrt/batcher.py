@@ -18,7 +18,8 @@ from PIL import Image
 
 from sdrt.errors import BackendError, BusyError, Cancelled, RequestError
 from sdrt.pipeline import Pipeline, Prepared, Result
-from sdrt.request import Request, ResolvedRequest
+from sdrt.request import Request
+from sdrt.resolution import ResolvedRequest
 from sdrt.step_batch import Faults, StepBatch, open_batch
 from sdrt.trajectory import Trajectory
 
@@ -348,7 +349,7 @@ class Batcher:
             return
         began, decoded_before = time.perf_counter(), self._pipeline.float32_decodes
         try:
-            item.images.append(self._pipeline.decode_trajectory(item.prepared.trajectories[len(item.images)]))
+            item.images.append(self._pipeline.draw(item.prepared, len(item.images)))
         except Exception as error:  # a failed decode is this request's alone
             self._leave(item, error)
             return

@@ -16,7 +16,7 @@ from sdrt.progress import Progress, silent
 
 JsonValue: TypeAlias = bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"] | None
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "bundle.json"
 # What msgspec raises for text that is not what it should be; the last for arrays in arrays without end.
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -28,6 +28,8 @@ _DTYPES = frozenset({"float16", "float32", "float64", "int32", "int64", "uint8",
 BackendName = Literal["openvino", "onnxruntime", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Metric = Literal["max_relative", "max_absolute", "psnr_db"]
+# What a checkpoint was made for, which its UNet's inputs tell.
+ModelTask = Literal["text-to-image", "inpainting", "upscaling", "depth-to-image", "editing"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,13 +137,25 @@ class ShapeProfile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseAugmentation:
+    """How noisy an upscaler takes its small image: the levels' schedule (a scheduler_config.json), and the highest."""
+
+    scheduler_config: dict[str, Any]
+    max_noise_level: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecord:
-    """What the runtime has to know of the checkpoint."""
+    """What the runtime has to know of the checkpoint.
+
+    conditioning_channels: how many channels the UNet takes beside the latents'. noise_augmentation: of upscaling.
+    """
 
     name: str
     identity: str  # sha256 over configs and weights
-    task: Literal["text-to-image"]
+    task: ModelTask
     latent_channels: int
+    conditioning_channels: int
     vae_downsample: int  # pixels per latent on one side
     size_multiple: int  # both sides of an image must be multiples of this many pixels
     vae_scaling_factor: float
@@ -151,6 +165,7 @@ class ModelRecord:
     default_width: int
     scheduler_class: str
     scheduler_config: dict[str, Any]  # JSON values, as the checkpoint has them
+    noise_augmentation: NoiseAugmentation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sdrt.errors import ParityError
+from sdrt.guidance import Lane
 from sdrt.runners.base import STEP, Array, FloatArray, Runner
+from sdrt.step_border import ALL_STEP_INPUTS, COLUMNS_BESIDE_SLOTS, StepInput
 from sdrt.trajectory import Trajectory
 
 
@@ -63,7 +65,37 @@ def lasting_inputs(trajectories: Sequence[Trajectory]) -> dict[str, Array]:
         "guidance": guidance,
         "rescale_lanes": aims,
         "guidance_rescale": np.array([item.guidance_rescale for item in trajectories], np.float32),
+        **_known_inputs(trajectories),
+        **_conditioning_inputs(trajectories, lanes),
+        **_class_inputs(trajectories),
     }
+
+
+def _known_inputs(trajectories: Sequence[Trajectory]) -> dict[str, Array]:
+    """What is known of each, and where; of most nothing."""
+    channels, height, width = trajectories[0].latents.shape
+    mask = np.ones((len(trajectories), 1, height, width), np.float32)
+    known = np.zeros((len(trajectories), 2, channels, height, width), np.float32)
+    for index, item in enumerate(trajectories):
+        if item.start.known is not None:
+            mask[index] = item.start.known.mask
+            known[index] = item.start.known.latents, item.start.known.noise
+    return {"mask": mask, "known": known}
+
+
+def _conditioning_inputs(trajectories: Sequence[Trajectory], lanes: Sequence[Lane]) -> dict[str, Array]:
+    """More channels for the network, where it has them."""
+    arrays = [item.start.conditioning for item in trajectories if item.start.conditioning is not None]
+    if not arrays:
+        return {}
+    shares = np.array([lane.conditioning for lane in lanes], np.float32)
+    return {"conditioning": np.stack(arrays), "lane_conditioning": shares}
+
+
+def _class_inputs(trajectories: Sequence[Trajectory]) -> dict[str, Array]:
+    """The class of each lane, where the network has classes."""
+    labels = [item.start.class_label for item in trajectories for _ in item.lanes if item.start.class_label is not None]
+    return {"class_labels": np.array(labels, np.int64)} if labels else {}
 
 
 def row_inputs(trajectories: Sequence[Trajectory], rows: int) -> dict[str, Array]:
@@ -71,11 +103,16 @@ def row_inputs(trajectories: Sequence[Trajectory], rows: int) -> dict[str, Array
     slots = trajectories[0].state.shape[0]
     spans = [(item.plan, slice(item.row, item.row + rows)) for item in trajectories]
     per_lane = [pair for pair, item in zip(spans, trajectories, strict=True) for _ in item.lanes]
+    weights = np.zeros((rows, len(trajectories), 2), np.float32)
+    for index, (item, (plan, span)) in enumerate(zip(trajectories, spans, strict=True)):
+        if item.start.known is not None:
+            weights[:, index] = plan.known_weights(span)
     return {
         "input_scale": np.stack([plan.input_scales[span] for plan, span in spans], axis=1).astype(np.float32),
         "timestep": np.stack([plan.timesteps[span] for plan, span in per_lane], axis=1).astype(np.float32),
         "clamp": np.stack([plan.clamps(span) for plan, span in spans], axis=1),
         "transition": np.stack([plan.padded_transitions(span, slots) for plan, span in spans], axis=1),
+        "known_weights": weights,
     }
 
 
@@ -86,23 +123,26 @@ def pad_inputs(
 
     An inert request keeps its (zero) state under the identity; an inert lane repeats lane 0 with weight 0.
     """
-    more_requests, more_lanes = requests - len(lasting["state"]), lanes - len(lasting["lane_request"])
-    slots = lasting["state"].shape[1]
-    padded = {name: _appended(lasting[name], 0, more_requests) for name in ("state", "noise")}
-    padded |= {
-        name: _appended(lasting[name], lasting[name][:1], more_lanes) for name in ("lane_request", "prompt_embeds")
+    more = {
+        "requests": requests - len(lasting["state"]),
+        "lanes": lanes - len(lasting["lane_request"]),
     }
-    padded |= {
-        name: np.pad(lasting[name], ((0, more_requests), (0, more_lanes))) for name in ("guidance", "rescale_lanes")
-    }
-    padded["guidance_rescale"] = _appended(lasting["guidance_rescale"], 0, more_requests)
-    padded_rows = {
-        "input_scale": _appended(rows["input_scale"], 1, more_requests, axis=1),
-        "clamp": _appended(rows["clamp"], 0, more_requests, axis=1),
-        "transition": _appended(rows["transition"], np.eye(slots, slots + 3), more_requests, axis=1),
-        "timestep": _appended(rows["timestep"], rows["timestep"][:, :1], more_lanes, axis=1),
-    }
-    return padded, padded_rows
+    return (
+        {name: _padded(ALL_STEP_INPUTS[name], array, more, 0) for name, array in lasting.items()},
+        {name: _padded(ALL_STEP_INPUTS[name], array, more, 1) for name, array in rows.items()},
+    )
+
+
+def _padded(entry: StepInput, array: Array, more: Mapping[str, int], first: int) -> Array:
+    """One input with inert entries; `first` is the axis of its first dimension."""
+    if entry.name == "transition":
+        slots = array.shape[-2]
+        return _appended(array, np.eye(slots, slots + COLUMNS_BESIDE_SLOTS), more["requests"], axis=first)
+    for axis, dimension in enumerate(entry.dimensions, start=first):
+        if dimension in more:
+            inert = np.take(array, [0], axis) if entry.inert is None else entry.inert
+            array = _appended(array, inert, more[dimension], axis=axis)
+    return array
 
 
 def _appended(array: Array, value: npt.ArrayLike, count: int, *, axis: int = 0) -> Array:

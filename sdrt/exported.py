@@ -16,12 +16,22 @@ A folder that another exporter made has neither golden/ nor export.json; the eng
 ONNX Runtime in float32 as the reference and says so in the seal.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdrt.bundle import ModelRecord
+from sdrt.bundle import ModelRecord, ModelTask
+from sdrt.errors import CheckpointError
 
 EXPORT_RECORD_NAME = "export.json"
-EXPORT_FORMAT_VERSION = 1
+EXPORT_FORMAT_VERSION = 2
+# How many channels a UNet takes beside the latents' tells what it was made for.
+TASK_OF_CHANNELS: Mapping[int, ModelTask] = {
+    0: "text-to-image",
+    1: "depth-to-image",
+    3: "upscaling",
+    4: "editing",
+    5: "inpainting",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,3 +54,14 @@ class ExportRecord:
     model: ModelRecord
     reference: str  # "PyTorch 2.13.0, diffusers 0.42.1, float32"
     golden: GoldenRequest
+
+
+def task_of_channels(conditioning_channels: int) -> ModelTask:
+    """What a UNet with so many channels beside the latents' was made for. Raises CheckpointError where nobody knows."""
+    if conditioning_channels not in TASK_OF_CHANNELS:
+        known = ", ".join(f"{4 + count} ({task})" for count, task in TASK_OF_CHANNELS.items())
+        raise CheckpointError(
+            f"the UNet takes {conditioning_channels} channels beside the latents",
+            hint=f"sdrt knows UNets of Stable Diffusion with {known} channels",
+        )
+    return TASK_OF_CHANNELS[conditioning_channels]

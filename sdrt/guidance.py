@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sdrt.request import ResolvedRequest
+from sdrt.resolution import ResolvedRequest
 from sdrt.runners.base import FloatArray
 
 
@@ -10,12 +10,14 @@ from sdrt.runners.base import FloatArray
 class Lane:
     """One evaluation of the UNet: its prompt_embeds float32 [L, d] and its weight in the model output.
 
-    rescale_weight: its weight in the output whose deviation `guidance_rescale` aims at.
+    rescale_weight: its weight in the output whose deviation `guidance_rescale` aims at. conditioning: how much it sees
+    of what conditions the request.
     """
 
     prompt_embeds: FloatArray
     weight: float
     rescale_weight: float = 0.0
+    conditioning: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -5,7 +5,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,15 @@ def open_image(path: Path) -> Image.Image:
     converted, EXIF orientation is applied, transparent areas show white. Colour profiles are not applied.
     Raises RequestError for any other format, animations, damage, and what is too large.
     """
+    return _open(path, _to_rgb)
+
+
+def open_mask(path: Path) -> Image.Image:
+    """Read a PNG, JPEG or WebP as `open_image` does, as an upright grey mask; transparent areas are black."""
+    return _open(path, _to_grey)
+
+
+def _open(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     head = _read_head(path)
     kind = _format_of(head, path)
     if kind is WebPImagePlugin.WebPImageFile:
@@ -111,7 +120,7 @@ def open_image(path: Path) -> Image.Image:
             if getattr(image, "n_frames", 1) > 1:
                 raise RequestError(f"{path} is an animation", hint="save one of its frames as PNG, JPEG or WebP")
             image.load()
-            return _upright(_to_rgb(image), image.getexif().get(EXIF_ORIENTATION, 1))
+            return _upright(convert(image), image.getexif().get(EXIF_ORIENTATION, 1))
     except DAMAGE as error:
         raise RequestError(
             f"{path} is damaged or cut off: {error}", hint="save the image again, or fetch it again"
@@ -120,11 +129,20 @@ def open_image(path: Path) -> Image.Image:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Any image as `open_image` gives it: upright RGB on white. RequestError where it is too large or an animation."""
+    return _converted(image, _to_rgb)
+
+
+def as_mask(image: Image.Image) -> Image.Image:
+    """Any image as an upright grey mask, what is transparent being black. RequestError as `as_rgb` does."""
+    return _converted(image, _to_grey)
+
+
+def _converted(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     _check_size(image.size, "the image")
     if getattr(image, "n_frames", 1) > 1:
         raise RequestError("the image is an animation", hint="give one of its frames")
     try:
-        return _upright(_to_rgb(image), image.getexif().get(EXIF_ORIENTATION, 1))
+        return _upright(convert(image), image.getexif().get(EXIF_ORIENTATION, 1))
     except DAMAGE as error:
         raise RequestError(f"the image cannot be converted: {error}", hint="give an RGB image") from error
 
@@ -243,16 +261,25 @@ def _check_size(size: tuple[int, int], path: Path | str) -> None:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode that PNG, JPEG and WebP decode to, as RGB without metadata; transparency shows white."""
+    return _on_backdrop(image, "white").convert("RGB")
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    """Any mode as grey without metadata; transparency shows black."""
+    return _on_backdrop(image, "black").convert("L")
+
+
+def _on_backdrop(image: Image.Image, colour: str) -> Image.Image:
+    """The image without metadata; where it is transparent, on a backdrop."""
     if image.mode.startswith("I"):
         image = _from_sixteen_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         coloured = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        rgb = Image.alpha_composite(white, coloured).convert("RGB")
+        opaque = Image.alpha_composite(Image.new("RGBA", image.size, colour), coloured).convert("RGB")
     else:
-        rgb = image.convert("RGB")
-    rgb.info = {}
-    return rgb
+        opaque = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    opaque.info = {}
+    return opaque
 
 
 def _from_sixteen_bits(image: Image.Image) -> Image.Image:

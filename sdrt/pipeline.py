@@ -1,5 +1,6 @@
 """`Pipeline`: one bundle ready to draw. Tokenise → embed → plan → loop → decode, as a generator of steps."""
 
+import hashlib
 import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
@@ -17,15 +18,18 @@ from sdrt.errors import RequestError
 from sdrt.guidance import Guidance, guidance_of
 from sdrt.image import from_pixels, to_images
 from sdrt.noise import GENERATORS, TorchGenerator, Variation
-from sdrt.request import Request, ResolvedRequest, resolve_request
+from sdrt.request import Request
+from sdrt.resolution import ResolvedRequest, resolve_request
 from sdrt.runners import open_runner
 from sdrt.runners.base import VAE_DECODER_FLOAT32, FloatArray, Runner
+from sdrt.sizes import window_size
 from sdrt.step_batch import Faults, StepBatch, open_batch
-from sdrt.tasks.base import Encode
+from sdrt.tasks.base import Encode, Preparation
 from sdrt.text import PromptEncoder
 from sdrt.tokenizer import Tokenizer
 from sdrt.trajectory import Trajectory, start_trajectory
 from sdrt.vae import Posterior, Spare, decode_latents, encode_posterior, tile_for
+from sdrt.windows import Windows, windows_over
 
 _LONGEST_QUOTE = 200  # characters
 _OVERFLOWED = "the VAE overflowed in float16, so it decoded again in float32"
@@ -95,7 +99,9 @@ class Result:
             "guidance_rescale": request.guidance_rescale,
             "timesteps": _listed(request.timesteps),
             "sigmas": _listed(request.sigmas),
-            **request.start.parameters(),
+            "windowed": request.windowed,
+            "task": request.task.name,
+            **request.task.parameters(),
             **self.made_with,
         }
 
@@ -189,18 +195,26 @@ class Pipeline:
         embedded = time.perf_counter()
         side = model.vae_downsample
         shape = (model.latent_channels, request.height // side, request.width // side)
+        windows = self._windows(request)
         trajectories = []
-        encode = _once(self.posterior)
+        encode = _once(self._posterior)
         for seed, variation in zip(request.seeds, request.variations, strict=True):
             generator = GENERATORS[request.generator](seed)
-            vary = _as_it_is if variation is None else variation.apply
+            preparation = Preparation(
+                plan=request.plan,
+                generator=generator,
+                shape=shape,
+                encode=encode,
+                vary=_as_it_is if variation is None else variation.apply,
+            )
             trajectories.append(
                 start_trajectory(
                     plan=request.plan,
                     guidance=guidance,
                     generator=generator,
                     slots=self.bundle.manifest.state_slots,
-                    latents=request.start.latents(request.plan, generator, shape, encode, vary),
+                    start=request.task.start(preparation),
+                    windows=windows,
                 )
             )
         return Prepared(
@@ -266,11 +280,13 @@ class Pipeline:
 
     def posterior(self, image: Image.Image) -> Posterior:
         """What the VAE knows of an RGB image's latents. Raises RequestError for sides that it does not take."""
+        return self._posterior(from_pixels(np.asarray(image.convert("RGB"))[None]))
+
+    def _posterior(self, sample: FloatArray) -> Posterior:
         model = self.bundle.manifest.model
-        pixels = np.asarray(image.convert("RGB"))[None]
         return encode_posterior(
             self.runner,
-            from_pixels(pixels),
+            sample,
             scaling_factor=model.vae_scaling_factor,
             vae_downsample=model.vae_downsample,
             tile=self._tile,
@@ -285,9 +301,9 @@ class Pipeline:
             )
         return self._decode(latents)
 
-    def decode_trajectory(self, trajectory: Trajectory) -> Image.Image:
+    def draw(self, prepared: Prepared, index: int) -> Image.Image:
         """The image of one finished trajectory. Raises ParityError when a value is not finite."""
-        return self._decode(trajectory.latents[None])[0]
+        return prepared.request.task.finish(self._decode(prepared.trajectories[index].latents[None])[0])
 
     def close(self) -> None:
         """Release the engines."""
@@ -323,7 +339,7 @@ class Pipeline:
             seconds = [batch.take_seconds() for batch in batches]
             gaps = [gap for batch in batches if (gap := batch.gap_seconds()) is not None]
         decoding, decoded_before = time.perf_counter(), self.float32_decodes
-        images = tuple(self.decode_trajectory(trajectory) for trajectory in prepared.trajectories)
+        images = tuple(self.draw(prepared, index) for index in range(len(prepared.trajectories)))
         result = self.finish(
             prepared,
             images,
@@ -341,6 +357,15 @@ class Pipeline:
         size, paths = self.bundle.manifest.profile.max_batch, prepared.trajectories
         return [open_batch(self.runner, paths[first : first + size]) for first in range(0, len(paths), size)]
 
+    def _windows(self, request: ResolvedRequest) -> Windows | None:
+        """Where the engines work on one part of the latents at a time; None where they take them whole."""
+        if not request.windowed:
+            return None
+        profile, side = self.bundle.manifest.profile, self.bundle.manifest.model.vae_downsample
+        height, width = window_size(profile, request.height, request.width)
+        size, window = (request.height // side, request.width // side), (height // side, width // side)
+        return windows_over(size, window, profile.max_batch)
+
     def _guidance(self, request: ResolvedRequest) -> Guidance:
         negative = self._prompts.encode(request.negative_prompt) if request.guided else None
         return guidance_of(request, self._prompts.encode(request.prompt), negative)
@@ -349,7 +374,7 @@ class Pipeline:
         texts = {"prompt": request.prompt}
         if request.guided:
             texts["negative_prompt"] = request.negative_prompt
-        unused = [] if request.guided else _unused_without_guidance(request)
+        unused = [*request.task.warnings(), *([] if request.guided else _unused_without_guidance(request))]
         length = self.bundle.manifest.model.text_length
         dropped = {name: self._prompts.dropped(text) for name, text in texts.items()}
         return tuple(unused) + tuple(
@@ -398,12 +423,13 @@ def _unused_without_guidance(request: ResolvedRequest) -> list[str]:
 
 def _once(encode: Encode) -> Encode:
     """`encode` that looks at each image once, however many results begin with it."""
-    known: dict[int, Posterior] = {}
+    known: dict[bytes, Posterior] = {}
 
-    def remembered(image: Image.Image) -> Posterior:
-        if id(image) not in known:
-            known[id(image)] = encode(image)
-        return known[id(image)]
+    def remembered(sample: FloatArray) -> Posterior:
+        key = hashlib.sha256(sample.tobytes()).digest()
+        if key not in known:
+            known[key] = encode(sample)
+        return known[key]
 
     return remembered
 

@@ -1,4 +1,4 @@
-"""Trajectories that take their steps together: on the host one by one, or on a device that keeps their state."""
+"""Trajectories that take their steps together: on the host one by one, in windows, or on a device that keeps them."""
 
 import time
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sdrt.denoiser import lasting_inputs, not_finite, pad_inputs, row_inputs, step_alone
+from sdrt.denoiser import lasting_inputs, not_finite, pad_inputs, row_inputs, run_step, step_alone
 from sdrt.errors import ParityError
 from sdrt.runners.base import STEP, Array, FloatArray, Runner, SteppingRunner, Steps
 from sdrt.trajectory import Trajectory
@@ -50,6 +50,8 @@ class StepBatch(Protocol):
 def open_batch(runner: Runner, trajectories: Sequence[Trajectory]) -> StepBatch:
     """Start. All trajectories have latents of one size and rows left."""
     members = tuple(trajectories)
+    if members[0].windows is not None:
+        return _WindowBatch(runner, members)
     return _DeviceBatch(runner, members) if isinstance(runner, SteppingRunner) else _HostBatch(runner, members)
 
 
@@ -137,6 +139,50 @@ class _HostBatch:
         if self._drawn is not None:
             self._drawn.result()
             self._drawn = None
+
+
+class _WindowBatch:
+    """Each row of a trajectory is that of all its windows, a few in each call of the runner, blended on the host."""
+
+    def __init__(self, runner: Runner, trajectories: tuple[Trajectory, ...]) -> None:
+        self.trajectories = trajectories
+        self._runner = runner
+        self._seconds: list[float] = []
+
+    def advance(self) -> Faults:
+        began = time.perf_counter()
+        faults = {}
+        for item in self.trajectories:
+            state = self._next_state(item)
+            if _all_finite(state):
+                item.advance(state)
+            else:
+                faults[item] = not_finite(item)
+        self._seconds.append(time.perf_counter() - began)
+        return faults
+
+    def collect(self) -> Faults:
+        return {}
+
+    def take_seconds(self) -> tuple[float, ...]:
+        taken, self._seconds = tuple(self._seconds), []
+        return taken
+
+    def gap_seconds(self) -> float | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+    def _next_state(self, item: Trajectory) -> FloatArray:
+        windows = item.windows
+        if windows is None:
+            raise ValueError("a trajectory without windows is among those that have some")
+        pieces: list[FloatArray] = []
+        for first in range(0, len(windows.parts), windows.at_once):
+            together = windows.parts[first : first + windows.at_once]
+            pieces += run_step(self._runner, [item.within(window) for window in together])
+        return windows.joined(pieces)
 
 
 def _draw_ahead(trajectories: Sequence[Trajectory]) -> None:

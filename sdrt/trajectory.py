@@ -1,23 +1,30 @@
 """One image on its way through its plan: its state, its row, its generator, its lanes. State and nothing else."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from sdrt.conditions import Known, Start
 from sdrt.guidance import Guidance, Lane
 from sdrt.noise import Generator
 from sdrt.plan import SamplingPlan
 from sdrt.runners.base import FloatArray, RowNoise
+from sdrt.windows import Window, Windows
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Trajectory:
-    """state: float32 [n, C, h, w], the latents in slot 0. `row` is the next row of the plan to run."""
+    """state: float32 [n, C, h, w], the latents in slot 0. `row` is the next row of the plan to run.
+
+    start: what it began with, and what conditions it. windows: where the latents are larger than the engines take.
+    """
 
     plan: SamplingPlan
     guidance: Guidance
     generator: Generator
+    start: Start
     state: FloatArray
+    windows: Windows | None = None
     row: int = 0
     _noise: FloatArray | None = field(default=None, repr=False)
     _next_noise: FloatArray | None = field(default=None, repr=False)
@@ -75,6 +82,27 @@ class Trajectory:
             return self._noise
         return self.generator.row_noise(self.state.shape[1:])
 
+    def within(self, window: Window) -> "Trajectory":
+        """What of it lies in a window, at the same row, to be stepped once."""
+        start, known = self.start, self.start.known
+        inside = replace(
+            start,
+            latents=window.cut(start.latents),
+            conditioning=None if start.conditioning is None else window.cut(start.conditioning),
+            known=None
+            if known is None
+            else Known(latents=window.cut(known.latents), noise=window.cut(known.noise), mask=window.cut(known.mask)),
+        )
+        return Trajectory(
+            plan=self.plan,
+            guidance=self.guidance,
+            generator=self.generator,
+            start=inside,
+            state=window.cut(self.state),
+            row=self.row,
+            _noise=window.cut(self.noise()),
+        )
+
     def advance(self, state: FloatArray, rows: int = 1) -> None:
         """Take the state after `rows` rows, float32 [n, C, h, w]."""
         self.state = state
@@ -83,9 +111,15 @@ class Trajectory:
 
 
 def start_trajectory(
-    *, plan: SamplingPlan, guidance: Guidance, generator: Generator, slots: int, latents: FloatArray
+    *,
+    plan: SamplingPlan,
+    guidance: Guidance,
+    generator: Generator,
+    slots: int,
+    start: Start,
+    windows: Windows | None = None,
 ) -> Trajectory:
-    """A trajectory at row 0. latents: float32 [C, h, w], before that row; generator: for the noise of rows."""
-    state = np.zeros((slots, *latents.shape), np.float32)
-    state[0] = latents
-    return Trajectory(plan=plan, guidance=guidance, generator=generator, state=state)
+    """A trajectory at row 0. generator: for the noise of rows."""
+    state = np.zeros((slots, *start.latents.shape), np.float32)
+    state[0] = start.latents
+    return Trajectory(plan=plan, guidance=guidance, generator=generator, start=start, state=state, windows=windows)

@@ -157,11 +157,14 @@ class _TilePlan:
         return cls(size=(height, width), rows=rows, columns=columns, scale_in=scale_in, scale_out=scale_out)
 
 
-def tile_spans(length: int, tile: int) -> tuple[Span, ...]:
-    """Tiles along one axis: all of one size, spread evenly, each overlapping the next by a quarter or more."""
+def tile_spans(length: int, tile: int, *, overlap: int | None = None) -> tuple[Span, ...]:
+    """Tiles along one axis: all of one size, spread evenly, each overlapping the next by `overlap` or more.
+
+    That is a quarter of a tile unless given.
+    """
     if length <= tile:
         return (Span(start=0, size=length),)
-    stride = tile - max(1, tile // OVERLAP_FRACTION)
+    stride = tile - max(1, tile // OVERLAP_FRACTION if overlap is None else overlap)
     count = -(-(length - tile) // stride) + 1
     return tuple(Span(start=round(i * (length - tile) / (count - 1)), size=tile) for i in range(count))
 

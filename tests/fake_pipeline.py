@@ -40,6 +40,7 @@ def make_manifest(*, max_batch: int = 8, sizes: tuple[tuple[int, int], ...] = ()
             identity="f" * 64,
             task="text-to-image",
             latent_channels=4,
+            conditioning_channels=0,
             vae_downsample=8,
             size_multiple=16,
             vae_scaling_factor=1.0,

@@ -53,6 +53,7 @@ def describe(folder: Path) -> Manifest:
             identity="a" * 64,
             task="text-to-image",
             latent_channels=4,
+            conditioning_channels=0,
             vae_downsample=8,
             size_multiple=8,
             vae_scaling_factor=0.18215,

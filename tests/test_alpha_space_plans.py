@@ -134,7 +134,7 @@ def test_fifty_steps_are_made_within_five_milliseconds(name: str):
 @settings(max_examples=200, deadline=None)
 def test_a_model_that_knows_the_image_lands_on_it(name: str, steps: int, x0: float, noise: float, first: int):
     plan = plan_of(name, steps, first=first, prediction_type="sample", set_alpha_to_one=True)
-    state = np.array([plan.noised[0] * x0 + plan.noised[1] * noise])
+    state = np.array([plan.noised[0, 0] * x0 + plan.noised[0, 1] * noise])
     for transition in plan.transitions:
         state = transition @ np.concatenate([state, [x0, 0.0]])
     level = NoiseSchedule.from_config({**SCHEDULE_FIELDS, **SD}).alphas_cumprod[0]
@@ -148,7 +148,7 @@ def test_runge_kutta_steps_with_a_model_that_knows_the_noise_land_on_the_image(f
     x0, noise = 0.7, -1.3
     plan = plan_of("pndm", 20, set_alpha_to_one=True)
     state = np.zeros(6)
-    state[0] = plan.noised[0] * x0 + plan.noised[1] * noise
+    state[0] = plan.noised[0, 0] * x0 + plan.noised[0, 1] * noise
     for transition in plan.transitions:
         state = transition @ np.concatenate([state, [noise, 0.0]])
     assert state[0] == pytest.approx(x0, abs=1e-9)

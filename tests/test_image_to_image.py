@@ -34,7 +34,7 @@ def test_the_start_is_the_image_s_latents_with_noise_drawn_after_the_vae_s(fake)
     (path,) = pipeline.prepare(request).trajectories
     generator = TorchGenerator(3)
     known = pipeline.posterior(picture()).sample(generator.randn((1, 4, 8, 8)))
-    on_image, on_noise = request.plan.noised
+    on_image, on_noise = request.plan.noised[0]
     expected = on_image * known + on_noise * generator.randn((1, 4, 8, 8))
     np.testing.assert_allclose(path.state[0], expected[0], rtol=1e-5, atol=1e-6)
     assert not path.state[1:].any()
@@ -59,13 +59,13 @@ def test_the_result_has_the_size_of_the_image_unless_another_is_asked_for(fake):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 def test_any_mode_is_an_rgb_image(fake, mode):
     source = Image.fromarray(np.full((64, 64), 300, np.uint16)) if mode == "I;16" else picture(mode=mode)
-    assert fake().resolve(asked(image=source)).start.image.mode == "RGB"
+    assert fake().resolve(asked(image=source)).task.image.mode == "RGB"
 
 
 def test_an_image_that_was_held_sideways_stands_upright(fake):
     source = picture(64, 96)
     source.getexif()[0x0112] = 6
-    assert fake().resolve(asked(image=source)).start.image.size == (96, 64)
+    assert fake().resolve(asked(image=source)).task.image.size == (96, 64)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_plan_that_no_image_can_enter_is_refused(fake):
     from dataclasses import replace
 
     pipeline = fake()
-    plan = replace(pipeline.resolve(asked()).plan, noised=(float("nan"), float("nan")))
+    plan = replace(pipeline.resolve(asked(num_inference_steps=50)).plan, noised=np.full((50, 2), np.nan))
     with pytest.raises(RequestError, match="how an image enters"):
         pipeline.resolve(Request(prompt="red", scheduler=plan, image=picture()))
 

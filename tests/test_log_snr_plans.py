@@ -42,7 +42,7 @@ def plan_of(
 def landed(plan, x0: float, noise: float, prediction_type: str = "epsilon") -> float:
     """Where a network that knows x₀ and the noise ends, when nothing else is drawn."""
     state = np.zeros(plan.slots)
-    state[0] = plan.noised[0] * x0 + plan.noised[1] * noise
+    state[0] = plan.noised[0, 0] * x0 + plan.noised[0, 1] * noise
     output = {"epsilon": noise, "sample": x0}[prediction_type]
     for row in range(len(plan)):
         state = plan.transitions[row] @ np.concatenate([state, [output, 0.0]])

@@ -219,7 +219,7 @@ def test_a_variance_that_is_not_said_is_the_small_one():
 
 def test_one_step_between_own_bounds_is_at_the_largest():
     plan = plan_of("unipc_karras", 1, sigma_max=9.0)
-    assert plan.noised[1] / plan.noised[0] == pytest.approx(9.0, rel=1e-6)
+    assert plan.noised[0, 1] / plan.noised[0, 0] == pytest.approx(9.0, rel=1e-6)
 
 
 def test_fields_that_are_there_by_default_are_for_their_own_class_alone():
@@ -403,7 +403,7 @@ def test_a_model_that_knows_the_noise_lands_on_the_image(
     # DDIM and PNDM step down by T // n whatever the grid: they land where the grid does so too, and ends below that.
     gaps, stride = np.diff(np.unique(plan.timesteps)), 1000 // steps
     assume(name not in ("ddim", "pndm") or (plan.timesteps[-1] < stride and np.all(gaps == stride)))
-    alpha, sigma = plan.noised
+    alpha, sigma = plan.noised[0]
     state = np.zeros(plan.slots)
     state[0] = alpha * x0 + sigma * noise
     landed = run(plan, state, np.full(len(plan), noise))

@@ -8,7 +8,9 @@ import pytest
 
 from sdrt.errors import RequestError
 from sdrt.plan import build_plan
-from sdrt.request import Request, nearest_size, resolve_request
+from sdrt.request import Request
+from sdrt.resolution import resolve_request
+from sdrt.sizes import nearest_size
 
 
 @pytest.fixture

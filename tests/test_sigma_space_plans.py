@@ -69,7 +69,7 @@ def test_an_exact_network_lands_on_its_image(name: str, steps: int, first: int):
         variance = sigmas[row] ** 2 + data**2
         return (image - data**2 / variance * x) * np.sqrt(variance) / (sigmas[row] * data)
 
-    assert land(plan, output, image + plan.noised[1] * noise) == pytest.approx(image, rel=1e-6)
+    assert land(plan, output, image + plan.noised[0, 1] * noise) == pytest.approx(image, rel=1e-6)
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -77,7 +77,7 @@ def test_an_exact_network_lands_on_its_image(name: str, steps: int, first: int):
 def test_an_exact_flow_lands_on_its_image(name: str, first: int):
     plan = make(name, {"shift": 3.0}, first=first)
     image, noise = 0.7, -1.3
-    start = plan.noised[0] * image + plan.noised[1] * noise
+    start = plan.noised[0, 0] * image + plan.noised[0, 1] * noise
     assert land(plan, lambda x, row: noise - image, start) == pytest.approx(image, rel=1e-6)
 
 

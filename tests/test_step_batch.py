@@ -150,7 +150,7 @@ class TestSteps:
             batch.advance()
         cuda.log.clear()
         batch.advance()
-        assert cuda.log == ["event", *["copy"] * 4, "launch", "event", "wait"]
+        assert cuda.log == ["event", *["copy"] * 5, "launch", "event", "wait"]
         batch.close()
 
     def test_share_one_graph_whatever_the_count_of_requests_that_need_as_many_lanes(self, pipeline):
@@ -171,7 +171,7 @@ class TestSteps:
         cuda.log.clear()
         for batch in batches:
             batch.advance()
-        assert cuda.log == ["copy", *["copy"] * 7, "event", *["copy"] * 4, "launch", "event", "wait"] * 2
+        assert cuda.log == ["copy", *["copy"] * 9, "event", *["copy"] * 5, "launch", "event", "wait"] * 2
         assert cuda.pending()
         for batch in batches:
             batch.close()

@@ -80,6 +80,7 @@ def step_source(path):
         max_lanes=8,
         state_slots=SLOTS,
         latent_channels=4,
+        conditioning_channels=0,
         prompt_embeds_dim=32,
         vae_downsample=8,
     )
@@ -107,6 +108,9 @@ def random_feeds(requests, owners, *, height=8, width=8, length=77, seed=0):
         "clamp": np.zeros((requests, 3), np.float32),
         "transition": normal(requests, SLOTS, SLOTS + 3),
         "noise": normal(requests, 4, height, width),
+        "mask": np.where(normal(requests, 1, height, width) > 0, 1, random.uniform(0, 1)).astype(np.float32),
+        "known": normal(requests, 2, 4, height, width),
+        "known_weights": normal(requests, 2),
     }
 
 
@@ -122,13 +126,18 @@ def expected_step(unet, feeds, threshold=None):
     x0 = on_latents * feeds["state"][:, 0] + on_output * output
     excess = (np.clip(x0, -limit, limit) if threshold is None else threshold(x0)) - x0
     stack = np.concatenate([feeds["state"], output[:, None], feeds["noise"][:, None], excess[:, None]], axis=1)
-    return np.einsum("rij,rjchw->richw", feeds["transition"].astype(np.float64), stack)
+    moved = np.einsum("rij,rjchw->richw", feeds["transition"].astype(np.float64), stack)
+    known = np.einsum("rk,rkchw->rchw", feeds["known_weights"].astype(np.float64), feeds["known"])
+    mask = feeds["mask"].astype(np.float64)
+    moved[:, 0] = mask * moved[:, 0] + (1 - mask) * known
+    return moved
 
 
 def pass_output_only(feeds):
     """Make the first slot of the next state the model output itself."""
     feeds["transition"] = np.zeros_like(feeds["transition"])
     feeds["transition"][:, 0, SLOTS] = 1
+    feeds["mask"] = np.ones_like(feeds["mask"])
     return feeds
 
 
@@ -136,6 +145,7 @@ def of_request(feeds, request):
     """The same request alone."""
     lanes = np.flatnonzero(feeds["lane_request"] == request)
     its_own = ("state", "input_scale", "guidance_rescale", "clamp", "transition", "noise")
+    its_own += ("mask", "known", "known_weights")
     of_both = ("guidance", "rescale_lanes")
     alone = {name: feeds[name][[request] if name in its_own else lanes] for name in feeds if name not in of_both}
     return {
@@ -219,6 +229,7 @@ def test_an_identity_transition_leaves_every_bit_of_the_state(steps, backend):
     feeds = random_feeds(3, [0, 0, 1, 2, 2])
     feeds["transition"] = np.zeros_like(feeds["transition"])
     feeds["transition"][:, :, :SLOTS] = np.eye(SLOTS, dtype=np.float32)
+    feeds["mask"] = np.ones_like(feeds["mask"])
     assert np.array_equal(steps[backend](feeds), feeds["state"])
 
 
@@ -228,9 +239,24 @@ def test_coefficients_and_noise_are_not_rounded(steps, backend):
     feeds["transition"] = np.zeros_like(feeds["transition"])
     feeds["transition"][:, 0, 0] = np.float32(0.99951171875)  # 1 - 2^-11: bf16 would make it 1
     feeds["transition"][:, 1, SLOTS + 1] = np.float32(1.00048828125)
+    feeds["mask"] = np.ones_like(feeds["mask"])
     after = steps[backend](feeds)
     assert np.array_equal(after[:, 0], feeds["state"][:, 0] * np.float32(0.99951171875))
     assert np.array_equal(after[:, 1], feeds["noise"] * np.float32(1.00048828125))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_known_is_exactly_there_where_nothing_is_drawn(steps, backend):
+    feeds = random_feeds(2, [0, 1])
+    feeds["mask"] = np.zeros_like(feeds["mask"])
+    feeds["mask"][:, :, :4] = 1
+    feeds["known_weights"] = np.array([[1, 0], [0, 2]], np.float32)
+    after = steps[backend](feeds)
+    assert np.array_equal(after[0, 0, :, 4:], feeds["known"][0, 0, :, 4:])
+    assert np.array_equal(after[1, 0, :, 4:], 2 * feeds["known"][1, 1, :, 4:])
+    drawn = steps[backend](feeds | {"mask": np.ones_like(feeds["mask"])})
+    assert np.array_equal(after[:, 1:], drawn[:, 1:])
+    assert np.array_equal(after[:, 0, :, :4], drawn[:, 0, :, :4])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -373,7 +399,8 @@ def tiny_unet(inputs=None, outputs=("out_sample",), opset=18):
     [
         (tiny_unet({"timestep": None}), "timestep"),
         (tiny_unet({"sample": None, "x": (TensorProto.FLOAT, ["b", 4, "h", "w"])}), "lacks sample and also wants x"),
-        (tiny_unet({"class_labels": (TensorProto.INT64, ["b"])}), "class_labels"),
+        (tiny_unet({"class_labels": (TensorProto.FLOAT, ["b"])}), "class_labels is of type FLOAT"),
+        (tiny_unet({"sample": (TensorProto.FLOAT, ["b", 3, "h", "w"])}), "takes 3 channels and gives 4"),
         (
             tiny_unet({"text_embeds": (TensorProto.FLOAT, ["b", 8]), "time_ids": (TensorProto.FLOAT, ["b", 6])}),
             "time_ids",

@@ -63,6 +63,9 @@ def step_feeds(lanes=2, side=8, seed=0):
         "clamp": np.zeros((1, 3), np.float32),
         "transition": random.standard_normal((1, 6, 9)).astype(np.float32),
         "noise": random.standard_normal((1, 4, side, side), np.float32),
+        "mask": np.full((1, 1, side, side), 0.5, np.float32),
+        "known": random.standard_normal((1, 2, 4, side, side), np.float32),
+        "known_weights": np.full((1, 2), 0.5, np.float32),
     }
 
 

@@ -45,6 +45,9 @@ def step_feeds(bundle, requests, lanes):
         "clamp": np.zeros((requests, 3), np.float32),
         "transition": rng.standard_normal((requests, slots, slots + 3), np.float32),
         "noise": rng.standard_normal(latents, np.float32),
+        "mask": np.ones((requests, 1, *latents[2:]), np.float32),
+        "known": np.zeros((requests, 2, *latents[1:]), np.float32),
+        "known_weights": np.zeros((requests, 2), np.float32),
     }
 
 

@@ -256,7 +256,7 @@ def _drawn_with_host_noise(pipeline: Pipeline, request: Request) -> Pixels:
         steps.advance([drawn])
     trajectory.advance(steps.state()[0], rows)
     steps.close()
-    return np.asarray(pipeline.decode_trajectory(trajectory))
+    return np.asarray(pipeline.draw(prepared, 0))
 
 
 def _on_device(path: Path, draw: PhiloxDraw) -> npt.NDArray[np.float32]:

@@ -281,7 +281,7 @@ def _result(bundle: "Bundle", seconds: float) -> "dict[str, JsonValue]":
 
 
 def _summary(bundle: "Bundle", seconds: float) -> "list[Text | str]":
-    from sdrt.request import describe_sizes
+    from sdrt.sizes import describe_sizes
 
     manifest = bundle.manifest
     rows = [

@@ -66,7 +66,7 @@ def inspect(
 
 
 def _bundle_lines(bundle: "Bundle") -> "list[Text | str]":
-    from sdrt.request import describe_sizes
+    from sdrt.sizes import describe_sizes
 
     manifest = bundle.manifest
     model, backend, golden = manifest.model, manifest.backend, manifest.golden

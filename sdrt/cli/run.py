@@ -9,6 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from sdrt.cli.options import AsJson, BundleFolder, Force, OnProvider, Threads, check_outputs, chosen_size, numbered
+from sdrt.cli.task_options import (
+    Fill,
+    FromPicture,
+    MaskBlur,
+    MaskFile,
+    MaskMode,
+    Outpaint,
+    PaddingMaskCrop,
+    Preserve,
+    Strength,
+    Windowed,
+)
 from sdrt.cli.terminal import emit, facts, print_warning, progress_bar, seconds_text
 from sdrt.errors import RequestError
 
@@ -39,9 +51,19 @@ REQUEST_FIELDS = (
     "timesteps",
     "sigmas",
     "strength",
+    "mask_mode",
+    "mask_blur",
+    "padding_mask_crop",
+    "preserve",
+    "outpaint",
+    "fill",
+    "windowed",
     "variation_seed",
     "variation_strength",
 )
+
+# Fields that are pictures: options name their files, and an image remembers their hashes alone.
+PICTURE_FIELDS = ("image", "mask_image")
 
 # What an option says anew of a remembered image: the others of its kind no longer hold.
 _STEPS = ("num_inference_steps", "timesteps", "sigmas")
@@ -92,18 +114,16 @@ def run(
         float | None,
         typer.Option(metavar="SHARE", help="And up to this one: 0.6 saves time. Default: 1.", show_default=False),
     ] = None,
-    image: Annotated[
-        Path | None,
-        typer.Option(metavar="IMAGE", help="Begin with this PNG, JPEG or WebP instead of noise.", show_default=False),
-    ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="How much of the steps then runs, above 0 (as it is) up to 1 (free). Default: 0.8.",
-            show_default=False,
-        ),
-    ] = None,
+    image: FromPicture = None,
+    strength: Strength = None,
+    mask: MaskFile = None,
+    mask_mode: MaskMode = None,
+    mask_blur: MaskBlur = None,
+    padding_mask_crop: PaddingMaskCrop = None,
+    preserve: Preserve = None,
+    outpaint: Outpaint = None,
+    fill: Fill = None,
+    windowed: Windowed = None,
     guidance_rescale: Annotated[
         float | None,
         typer.Option(
@@ -214,6 +234,14 @@ def run(
         "variation_strength": variation_strength,
         "image": image,
         "strength": strength,
+        "mask_image": mask,
+        "mask_mode": mask_mode,
+        "mask_blur": mask_blur,
+        "padding_mask_crop": padding_mask_crop,
+        "preserve": preserve,
+        "outpaint": None if outpaint is None else _margins(outpaint),
+        "fill": fill,
+        "windowed": windowed,
         "generator": generator,
         "num_images_per_prompt": images,
     }
@@ -263,6 +291,12 @@ def _numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> li
         raise RequestError(f"{option} is {text!r}", hint=hint) from error
 
 
+def _margins(text: str) -> dict[str, int]:
+    from sdrt.tasks.outpainting import parse_margins
+
+    return parse_margins(text)
+
+
 def _seed(text: str | None) -> int | list[int] | None:
     seeds = _numbers("--seed", text, int)
     return seeds[0] if seeds is not None and len(seeds) == 1 else seeds
@@ -274,8 +308,9 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
     Raises RequestError, BundleError.
     """
     from sdrt.bundle import Bundle
-    from sdrt.image import open_image
-    from sdrt.request import OWN_PLAN, Request, resolve_request
+    from sdrt.image import open_image, open_mask
+    from sdrt.request import Request
+    from sdrt.resolution import OWN_PLAN, resolve_request
 
     bundle = Bundle.open(folder)
     model = bundle.manifest.model
@@ -299,28 +334,27 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
         fields["scheduler"] = None
     if not isinstance(fields.get("scheduler"), str | None):
         raise RequestError(f"the scheduler is {fields['scheduler']!r}, not a name", hint="give one with --scheduler")
-    if "image" in fields:
-        fields["image"] = open_image(fields["image"])
-    _check_same_image(remembered, fields.get("image"))
+    for field in PICTURE_FIELDS:
+        if field in fields:
+            fields[field] = (open_mask if field == "mask_image" else open_image)(fields[field])
+        _check_same_picture(remembered, field, fields.get(field))
     request = Request(**fields)
     resolved = resolve_request(request, bundle.manifest)
     return replace(request, seed=resolved.seeds, num_images_per_prompt=None), len(resolved.seeds), bundle
 
 
-def _check_same_image(remembered: dict[str, Any], image: "Image | None") -> None:
-    """An image that began with another one needs that one to be drawn again: an image does not hold it."""
-    from PIL.Image import Resampling
+def _check_same_picture(remembered: dict[str, Any], field: str, picture: "Image | None") -> None:
+    """An image that was made of others needs them to be drawn again: it does not hold them."""
+    from sdrt.tasks.pictures import pixels_sha256
 
-    from sdrt.tasks.image_to_image import pixels_sha256
-
-    wanted = remembered.get("image_sha256")
+    wanted = remembered.get(f"{field}_sha256")
     if wanted is None:
         return
-    if image is None:
-        raise RequestError("the image was made of another image, which it does not hold", hint="name that with --image")
-    size = (remembered["width"], remembered["height"])
-    if pixels_sha256(image if image.size == size else image.resize(size, resample=Resampling.LANCZOS)) != wanted:
-        print_warning("the image that is begun with is not the one of the time before, so the result will differ")
+    option = f"--{field.removesuffix('_image')}"
+    if picture is None:
+        raise RequestError(f"the image was made with a {field} that it does not hold", hint=f"name it with {option}")
+    if pixels_sha256(picture) != wanted:
+        print_warning(f"{option} is not the picture of the time before, so the result will differ")
 
 
 def _remembered(image: Path) -> dict[str, Any]:

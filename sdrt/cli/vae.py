@@ -103,7 +103,7 @@ def read_latents(path: Path) -> "FloatArray":
 
 
 def _check_size(bundle: "Bundle", height: int, width: int, name: str) -> None:
-    from sdrt.request import describe_sizes, nearest_size
+    from sdrt.sizes import describe_sizes, nearest_size
 
     profile = bundle.manifest.profile
     if not profile.accepts(height, width):

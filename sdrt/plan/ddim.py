@@ -58,7 +58,7 @@ def ddim_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: A
         input_scales=np.ones(len(timesteps)),
         transitions=transitions,
         initial_scale=1.0,
-        noised=noised_at(schedule, timesteps[0]),
+        noised=noised_at(schedule, timesteps),
         draws=np.full(len(timesteps), asked.eta > 0),  # the last one too, though its share may be none
         clamp=asked_clamp(config, estimates=(x0_sample, x0_output), weights=np.sqrt(alpha_bar_next)[:, None]),
     )
@@ -92,7 +92,7 @@ def alphas_cumprod_or_final(
     return np.where(timesteps >= 0, schedule.alphas_cumprod[np.maximum(timesteps, 0)], final)
 
 
-def noised_at(schedule: NoiseSchedule, timestep: int) -> tuple[float, float]:
-    """How an image enters at a timestep: √ᾱ of its latents and √(1 - ᾱ) of noise."""
-    alpha_bar = schedule.alphas_cumprod[timestep]
-    return float(np.sqrt(alpha_bar)), float(np.sqrt(1 - alpha_bar))
+def noised_at(schedule: NoiseSchedule, timesteps: npt.NDArray[np.int64]) -> Floats:
+    """How an image enters at timesteps: √ᾱ of its latents and √(1 - ᾱ) of noise, float64 [rows, 2]."""
+    alpha_bar = schedule.alphas_cumprod[timesteps]
+    return np.stack([np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)], axis=1)

@@ -59,7 +59,7 @@ def ddpm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: A
         input_scales=np.ones(len(timesteps)),
         transitions=transitions,
         initial_scale=1.0,
-        noised=noised_at(schedule, timesteps[0]),
+        noised=noised_at(schedule, timesteps),
         draws=drawn,
         clamp=asked_clamp(config, estimates=(x0_sample, x0_output), weights=on_x0[:, None]),
     )

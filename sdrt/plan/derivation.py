@@ -77,7 +77,7 @@ def derive(scheduler: Scheduler, **step_options: object) -> SamplingPlan:
     """The plan of a scheduler object whose timesteps are set; the object itself is left as it is.
 
     step_options: passed to each of its steps (eta=1.0). Noise that it draws through torch is intercepted, a step's
-    one draw at most. `noised` is (nan, nan) for an object without add_noise, whose plan cannot begin at an image.
+    one draw at most. `noised` is NaN for an object without add_noise, whose plan cannot begin at an image.
     RequestError: it is not linear (with how far from it), needs more than 6 state slots, or is no such object.
     """
     timesteps = getattr(scheduler, "timesteps", None)
@@ -133,14 +133,20 @@ class _Probe:
             draws.append(drawn)
         return _Run(samples=np.array(samples), network_inputs=np.array(seen), draws=draws)
 
-    def noised(self) -> tuple[float, float]:
-        """With which coefficients the object's add_noise has an image's latents and noise at the first row."""
-        add_noise = getattr(copy.deepcopy(self._scheduler), "add_noise", None)
+    def noised(self) -> Floats:
+        """With which coefficients add_noise has an image's latents and noise before each row: float64 [rows, 2]."""
+        scheduler = copy.deepcopy(self._scheduler)
+        rows = len(self._timesteps)
+        add_noise = getattr(scheduler, "add_noise", None)
         if add_noise is None:
-            return float("nan"), float("nan")
+            return np.full((rows, 2), np.nan)
         image, noise = (self._tensor(values) for values in np.eye(2, 4))
-        mixed = _flat(add_noise(image, noise, self._timesteps[:1]), 2)
-        return float(mixed[0]), float(mixed[1])
+        nothing = self._tensor(np.zeros(4))
+        mixed = []
+        for row, timestep in enumerate(self._timesteps):
+            mixed.append(_flat(add_noise(image, noise, self._timesteps[row : row + 1]), 2))
+            self._step(scheduler, nothing, timestep, nothing, nothing)
+        return np.array(mixed)
 
     def _tensor(self, values: Floats) -> Any:  # noqa: ANN401 - torch's or numpy's
         width = -(-len(values) // _CHANNELS)

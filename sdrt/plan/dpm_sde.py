@@ -19,6 +19,7 @@ from sdrt.plan.sigma_grid import (
     interleaved,
     network_scales,
     refuse_sample_prediction,
+    with_noise,
 )
 from sdrt.plan.spacing import respaced_sigmas
 from sdrt.schedule import (
@@ -62,7 +63,7 @@ def dpm_sde_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked
         input_scales=network_scales(evaluated),
         transitions=_transitions(schedule, evaluated, sigmas, middle, following),
         initial_scale=grid.initial_scale,
-        noised=grid.noised,
+        noised=with_noise(interleaved(grid.sigmas[:-1], grid.sigmas[1:-1])),
     )
 
 

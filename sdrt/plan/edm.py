@@ -12,6 +12,7 @@ from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
 from sdrt.plan.clamping import THRESHOLDING_FIELDS, asked_clamp
 from sdrt.plan.log_snr import FEW_STEPS, RELATED_SOLVER_TYPES
 from sdrt.plan.rows import Clamp, SamplingPlan
+from sdrt.plan.sigma_grid import with_noise
 from sdrt.schedule import (
     Floats,
     read_choice,
@@ -109,7 +110,7 @@ def _plan(
         input_scales=1 / np.hypot(sigmas, read_number(config, "sigma_data")),  # c_in
         transitions=transitions,
         initial_scale=float(np.hypot(read_number(config, "sigma_max"), 1)),
-        noised=(1.0, float(sigmas[0])),
+        noised=with_noise(sigmas),
         draws=draws,
         clamp=clamp,
     )

@@ -67,7 +67,7 @@ def flow_match_euler_plan(config: Mapping[str, JsonValue], asked: AskedSteps) ->
         input_scales=np.ones(len(sigmas)),
         transitions=transitions,
         initial_scale=1.0,
-        noised=(float(1 - sigmas[0]), float(sigmas[0])),
+        noised=np.stack([1 - sigmas, sigmas], axis=1),
         draws=np.full(len(sigmas), stochastic),
     )
 
@@ -85,12 +85,13 @@ def flow_match_heun_plan(config: Mapping[str, JsonValue], asked: AskedSteps) -> 
     sigmas = rounded_to_float32(sigmas)[asked.first :]
     timesteps = rounded_to_float32(sigmas * train_timesteps)
     rows = 2 * len(sigmas) - 1
+    evaluated = interleaved(sigmas, sigmas[1:])
     return SamplingPlan(
         timesteps=interleaved(timesteps, timesteps[1:]),
         input_scales=np.ones(rows),
         transitions=heun_transitions(np.append(sigmas, 0), np.zeros(len(sigmas)), np.ones(len(sigmas))),
         initial_scale=1.0,
-        noised=(float(1 - sigmas[0]), float(sigmas[0])),
+        noised=np.stack([1 - evaluated, evaluated], axis=1),
     )
 
 

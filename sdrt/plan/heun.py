@@ -11,7 +11,7 @@ from sdrt.bundle import JsonValue
 from sdrt.plan.asked import AskedSteps, refuse_noise, refuse_own_grid
 from sdrt.plan.clamping import CLIPPING_FIELDS, asked_clamp
 from sdrt.plan.rows import SamplingPlan
-from sdrt.plan.sigma_grid import GRID_FIELDS, interleaved, network_scales, sigma_grid, slope_coefficients
+from sdrt.plan.sigma_grid import GRID_FIELDS, interleaved, network_scales, sigma_grid, slope_coefficients, with_noise
 from sdrt.schedule import Floats, NoiseSchedule, denoised_coefficients
 
 FIELDS: Mapping[str, JsonValue] = {
@@ -39,7 +39,7 @@ def heun_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: A
         input_scales=scales,
         transitions=heun_transitions(grid.sigmas, *slope_coefficients(schedule.prediction_type, sigmas)),
         initial_scale=grid.initial_scale,
-        noised=grid.noised,
+        noised=with_noise(interleaved(grid.sigmas[:-1], grid.sigmas[1:-1])),
         clamp=asked_clamp(config, estimates=(x0_sample * scales, x0_output), weights=_denoised_weights(grid.sigmas)),
     )
 

@@ -42,7 +42,7 @@ def ipndm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: 
         input_scales=np.ones(rows),
         transitions=multistep_transitions(estimate, update)[:, :, :-1],
         initial_scale=1.0,
-        noised=(float(alpha[0]), float(sigma[0])),
+        noised=np.stack([alpha[:-1], sigma[:-1]], axis=1),
     )
 
 

@@ -18,6 +18,7 @@ from sdrt.plan.sigma_grid import (
     refuse_sample_prediction,
     sigma_grid,
     slope_coefficients,
+    with_noise,
 )
 from sdrt.schedule import Floats, NoiseSchedule, read_flag
 
@@ -84,5 +85,5 @@ def _plan(schedule: NoiseSchedule, grid: SigmaGrid, *, down: Floats, up: Floats)
         input_scales=network_scales(evaluated),
         transitions=transitions,
         initial_scale=grid.initial_scale,
-        noised=grid.noised,
+        noised=with_noise(interleaved(grid.sigmas[:-1], grid.sigmas[1:-1])),
     )

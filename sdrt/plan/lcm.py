@@ -55,7 +55,7 @@ def lcm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: As
         input_scales=np.ones(len(timesteps)),
         transitions=transitions,
         initial_scale=1.0,
-        noised=noised_at(schedule, timesteps[0]),
+        noised=noised_at(schedule, timesteps),
         draws=np.arange(len(timesteps)) < len(timesteps) - 1,
         clamp=asked_clamp(config, estimates=(x0_sample, x0_output), weights=(np.sqrt(alpha_bar_next) * c_out)[:, None]),
     )

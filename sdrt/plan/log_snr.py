@@ -350,7 +350,7 @@ def plan_on(
         input_scales=np.ones(len(grid)),
         transitions=transitions[:, :, :-1],
         initial_scale=1.0,
-        noised=(float(alpha[0]), float(sigma[0])),
+        noised=np.stack([alpha, sigma], axis=1),
         draws=np.ones(len(grid), np.bool_) if draws else None,
         clamp=asked_clamp(config, estimates=x0, weights=transitions[:, :, -1]),
     )

@@ -74,7 +74,7 @@ def pndm_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: A
         input_scales=np.ones(len(evaluated)),
         transitions=transitions,
         initial_scale=1.0,
-        noised=noised_at(schedule, evaluated[0]),
+        noised=noised_at(schedule, evaluated),
     )
 
 

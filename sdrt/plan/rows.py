@@ -39,7 +39,8 @@ class SamplingPlan:
     ``initial_scale * noise`` in slot 0 and zeros elsewhere. That is all of a linear sampler; `clamp` is what others do.
 
     timesteps: float64 [rows]; input_scales: float64 [rows]; transitions: float64 [rows, n, n + 2].
-    noised: (a, b), with which the latents of an image enter at row 0: S[0] = a · latents + b · noise.
+    noised: float64 [rows, 2], the (a, b) with which a · latents + b · noise of an image are as noisy as S[0] is before
+    each row. Not finite where the scheduler does not say.
     draws: bool [rows], the rows for which the reference draws noise, where that are more than those that add some.
     The arrays are read-only.
     """
@@ -48,7 +49,7 @@ class SamplingPlan:
     input_scales: npt.NDArray[np.float64]
     transitions: npt.NDArray[np.float64]
     initial_scale: float
-    noised: tuple[float, float]
+    noised: npt.NDArray[np.float64]
     draws: npt.NDArray[np.bool_] | None = None
     clamp: Clamp | None = None
 
@@ -56,13 +57,14 @@ class SamplingPlan:
         rows, slots = len(self.timesteps), self.transitions.shape[1] if self.transitions.ndim == 3 else 0
         shapes: list[tuple[npt.NDArray[np.generic], tuple[int, ...]]]
         shapes = [(self.timesteps, (rows,)), (self.input_scales, (rows,)), (self.transitions, (rows, slots, slots + 2))]
+        shapes += [(self.noised, (rows, 2))]
         shapes += [] if self.draws is None else [(self.draws, (rows,))]
         if self.clamp is not None:
             shapes += [(self.clamp.estimates, (rows, 2)), (self.clamp.weights, (rows, slots))]
         if rows == 0 or slots == 0 or any(array.shape != shape for array, shape in shapes):
             raise RequestError(
                 f"a plan of {rows} timesteps has arrays of {', '.join(str(array.shape) for array, _ in shapes)}",
-                hint="give timesteps and input_scales [rows], transitions [rows, n, n + 2], of one row or more",
+                hint="give timesteps and input_scales [rows], transitions [rows, n, n + 2] and noised [rows, 2]",
             )
         for array, _ in shapes:
             array.setflags(write=False)
@@ -79,6 +81,14 @@ class SamplingPlan:
     def draws_noise(self, row: int) -> bool:
         """Whether this row consumes the request's generator."""
         return bool(np.any(self.transitions[row, :, -1]) if self.draws is None else self.draws[row])
+
+    def known_weights(self, rows: slice) -> npt.NDArray[np.float32]:
+        """After each of these rows, (a, b) of an image that is as noisy as S[0] then: float32 [rows, 2].
+
+        After the last row it is the image itself.
+        """
+        after = np.concatenate([self.noised[1:], [(1.0, 0.0)]])
+        return after[rows].astype(np.float32)
 
     def padded_transitions(self, rows: slice, slots: int) -> npt.NDArray[np.float32]:
         """The rows' transitions for a step graph of `slots` ≥ n state slots: float32 [rows, slots, slots + 3].

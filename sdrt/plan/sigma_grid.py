@@ -45,9 +45,9 @@ class SigmaGrid:
     initial_scale: float
 
     @property
-    def noised(self) -> tuple[float, float]:
-        """How an image enters: its latents and σ of noise."""
-        return 1.0, float(self.sigmas[0])
+    def noised(self) -> Floats:
+        """How an image enters before each step: its latents and σ of noise, float64 [steps, 2]."""
+        return with_noise(self.sigmas[:-1])
 
 
 def sigma_grid(
@@ -107,6 +107,11 @@ def final_sigma(config: Mapping[str, JsonValue], schedule: NoiseSchedule) -> flo
     """The sigma after the last step, as `final_sigmas_type` says."""
     kind = read_choice(config, "final_sigmas_type", ("zero", "sigma_min"))
     return 0.0 if kind == "zero" else float(schedule.sigmas[0])
+
+
+def with_noise(sigmas: Floats) -> Floats:
+    """(1, σ) of each sigma: float64 [rows, 2]."""
+    return np.stack([np.ones_like(sigmas), sigmas], axis=1)
 
 
 def network_scales(sigmas: Floats) -> Floats:

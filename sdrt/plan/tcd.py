@@ -47,6 +47,6 @@ def tcd_plan(config: Mapping[str, JsonValue], schedule: NoiseSchedule, asked: As
         input_scales=np.ones(len(timesteps)),
         transitions=transitions,
         initial_scale=1.0,
-        noised=noised_at(schedule, timesteps[0]),
+        noised=noised_at(schedule, timesteps),
         draws=~last if asked.eta > 0 else np.zeros(len(timesteps), bool),
     )

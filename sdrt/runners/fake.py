@@ -9,6 +9,7 @@ import numpy as np
 
 from sdrt.errors import BackendError
 from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array, FloatArray
+from sdrt.step_border import fixed_sizes, step_inputs_of
 
 Fault = Callable[[str, Mapping[str, Array]], None]
 
@@ -73,9 +74,9 @@ class FakeRunner:
         self.batches.append(len(state))
         scaled = state[:, 0] * feeds["input_scale"].astype(np.float32)[:, None, None, None]
         lanes = [
-            _network(scaled[request], float(time), embeds)
-            for request, time, embeds in zip(
-                feeds["lane_request"], feeds["timestep"], feeds["prompt_embeds"], strict=True
+            _network(scaled[request], float(time), embeds) + _seen(feeds, lane, request)
+            for lane, (request, time, embeds) in enumerate(
+                zip(feeds["lane_request"], feeds["timestep"], feeds["prompt_embeds"], strict=True)
             )
         ]
         following = np.empty_like(state)
@@ -91,6 +92,9 @@ class FakeRunner:
             excess = np.clip(x0, -limit, limit) - x0
             sources = np.concatenate([state[index], np.stack([output, feeds["noise"][index], excess])])
             following[index] = np.einsum("nk,kchw->nchw", feeds["transition"][index], sources)
+            known = np.einsum("k,kchw->chw", feeds["known_weights"][index], feeds["known"][index])
+            mask = feeds["mask"][index]
+            following[index, 0] = mask * following[index, 0] + (1 - mask) * known
         return {"next_state": following.astype(np.float32)}
 
     def _vae_decoder(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
@@ -112,24 +116,20 @@ class FakeRunner:
 def _check_step(feeds: Mapping[str, Array], embeds_dim: int) -> None:
     requests, slots, channels, height, width = _shape(feeds, "state", 5)
     (lanes,) = _shape(feeds, "lane_request", 1)
-    length = _shape(feeds, "prompt_embeds", 3)[1]
-    _check_feeds(
-        STEP,
-        feeds,
-        {
-            "state": ("f", (requests, slots, channels, height, width)),
-            "input_scale": ("f", (requests,)),
-            "lane_request": ("i", (lanes,)),
-            "timestep": ("f", (lanes,)),
-            "prompt_embeds": ("f", (lanes, length, embeds_dim)),
-            "guidance": ("f", (requests, lanes)),
-            "rescale_lanes": ("f", (requests, lanes)),
-            "guidance_rescale": ("f", (requests,)),
-            "clamp": ("f", (requests, 3)),
-            "transition": ("f", (requests, slots, slots + 3)),
-            "noise": ("f", (requests, channels, height, width)),
-        },
-    )
+    conditions = _shape(feeds, "conditioning", 4)[1] if "conditioning" in feeds else 0
+    sizes: Mapping[str, int | str] = {
+        **fixed_sizes(slots=slots, channels=channels, features=embeds_dim, conditioning_channels=conditions),
+        **{"requests": requests, "lanes": lanes, "height": height, "width": width},
+        "length": _shape(feeds, "prompt_embeds", 3)[1],
+    }
+    wanted = {
+        entry.name: (
+            "i" if entry.dtype == "int64" else "f",
+            tuple(int(sizes[dimension]) for dimension in entry.dimensions),
+        )
+        for entry in step_inputs_of(conditioning_channels=conditions, class_labels="class_labels" in feeds)
+    }
+    _check_feeds(STEP, feeds, wanted)
     owners = feeds["lane_request"].astype(np.int64)
     if lanes == 0 or owners.min() < 0 or owners.max() >= requests:
         raise _misfed(STEP, f"lane_request is {owners.tolist()} for {requests} requests")
@@ -176,6 +176,16 @@ def _network(sample: FloatArray, timestep: float, embeds: Array) -> FloatArray:
     condition = float(np.float32(embeds.astype(np.float64).mean()))
     value: FloatArray = np.tanh(sample * np.float32(0.8) + np.float32(condition + timestep / 1000)).astype(np.float32)
     return value
+
+
+def _seen(feeds: Mapping[str, Array], lane: int, request: np.int64) -> FloatArray:
+    """What a lane makes of its request's conditioning and its class; nothing where there are none."""
+    seen = np.float32(0)
+    if "conditioning" in feeds:
+        seen = seen + feeds["lane_conditioning"][lane] * feeds["conditioning"][request].mean(0)
+    if "class_labels" in feeds:
+        seen = seen + np.float32(feeds["class_labels"][lane]) / np.float32(1000)
+    return np.asarray(seen, np.float32)
 
 
 _COMPONENTS: Mapping[str, Callable[[FakeRunner, Mapping[str, Array]], dict[str, FloatArray]]] = {

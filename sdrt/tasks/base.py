@@ -1,37 +1,59 @@
-"""The seam between a request and its task: what it starts from, as one protocol."""
+"""The seam between a request and its task: how it begins and what becomes of its image, as one protocol."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
 from PIL import Image
 
 from sdrt.bundle import JsonValue
+from sdrt.conditions import Start
 from sdrt.noise import Generator
 from sdrt.plan import SamplingPlan
 from sdrt.runners.base import FloatArray
 from sdrt.vae import Posterior
 
-TaskName = Literal["text-to-image", "image-to-image"]
-Encode = Callable[[Image.Image], Posterior]
+TaskName = Literal["text-to-image", "image-to-image", "inpainting", "outpainting"]
+Encode = Callable[[FloatArray], Posterior]
 Vary = Callable[[FloatArray], FloatArray]
-Shape = tuple[int, int, int]  # (C, h, w) of the latents
 
 
-class Start(Protocol):
-    """What a checked request starts from. Holds pixels and numbers, no engines."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Preparation:
+    """What a task may use to begin one image.
+
+    generator: whose next numbers are the image's own, to be drawn in the reference's order. shape: (C, h, w) of the
+    latents. encode: the bundle's VAE encoder, for samples float32 [1, 3, H, W] in [-1, 1]; it draws nothing.
+    vary: what becomes of the noise that the latents begin with, where a variation is asked for.
+    """
+
+    plan: SamplingPlan
+    generator: Generator
+    shape: tuple[int, int, int]
+    encode: Encode
+    vary: Vary
+
+
+class Task(Protocol):
+    """What a checked request does. Holds pixels and numbers, no engines."""
 
     @property
-    def task(self) -> TaskName:
+    def name(self) -> TaskName:
         """What is done."""
         ...
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(height, width) in pixels that it wants of the result; None: whatever the request says."""
+        """(height, width) in pixels that it works on; None: whatever the request says."""
+        ...
+
+    @property
+    def windowed(self) -> bool:
+        """Whether it may be larger than the engines take at once, without being asked."""
         ...
 
     def resized(self, height: int, width: int) -> Self:
-        """The same for a result of this size, in pixels."""
+        """The same, worked on in this size, in pixels."""
         ...
 
     def check_plan(self, plan: SamplingPlan) -> None:
@@ -42,12 +64,16 @@ class Start(Protocol):
         """How many steps of the whole plan are left out at the beginning. RequestError where that leaves none."""
         ...
 
-    def latents(self, plan: SamplingPlan, generator: Generator, shape: Shape, encode: Encode, vary: Vary) -> FloatArray:
-        """The latents before the plan's first row, float32 [C, h, w], from the generator's next numbers.
+    def start(self, preparation: Preparation) -> Start:
+        """One image before the plan's first row."""
+        ...
 
-        encode: the bundle's VAE encoder, for an RGB image of the request's size. It draws nothing.
-        vary: what becomes of the noise that the latents begin with, where a variation is asked for.
-        """
+    def finish(self, image: Image.Image) -> Image.Image:
+        """What becomes of a decoded image."""
+        ...
+
+    def warnings(self) -> tuple[str, ...]:
+        """What in it is odd, though it can be done."""
         ...
 
     def parameters(self) -> Mapping[str, JsonValue]:

@@ -1,6 +1,5 @@
 """Image-to-image (SDEdit, Meng et al. 2022, arXiv:2108.01073): the start is an image with noise, some steps down."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -8,22 +7,30 @@ from typing import ClassVar, Self
 import numpy as np
 from PIL import Image
 
-from sdrt.bundle import JsonValue
+from sdrt.bundle import JsonValue, ModelRecord
+from sdrt.checks import check_finite
+from sdrt.conditions import Start
 from sdrt.errors import RequestError
-from sdrt.noise import Generator
 from sdrt.plan import SamplingPlan
+from sdrt.request import Request
 from sdrt.runners.base import FloatArray
-from sdrt.tasks.base import Encode, Shape, TaskName, Vary
+from sdrt.tasks.base import Preparation, TaskName
+from sdrt.tasks.pictures import check_picture, pixels_sha256, resize, to_sample
 
 DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImageToImage:
-    """See `Start`. image: RGB, of the request's size. strength: the share of the steps that run, above 0, up to 1."""
+    """See `Task`. image: RGB, of the request's size. strength: the share of the steps that run, above 0, up to 1.
 
-    task: ClassVar[TaskName] = "image-to-image"
+    image_sha256: of the image as it was given.
+    """
+
+    name: ClassVar[TaskName] = "image-to-image"
+    windowed: ClassVar[bool] = False
     image: Image.Image
+    image_sha256: str
     strength: float
 
     @property
@@ -33,41 +40,76 @@ class ImageToImage:
 
     def resized(self, height: int, width: int) -> Self:
         """With the image resized as the reference resizes it, unless it has this size."""
-        if self.size == (height, width):
-            return self
-        return replace(self, image=self.image.resize((width, height), Image.Resampling.LANCZOS))
+        return replace(self, image=resize(self.image, height, width))
 
     def check_plan(self, plan: SamplingPlan) -> None:
         """RequestError for a plan without `noised`."""
-        if not np.isfinite(plan.noised).all():
-            raise RequestError("the plan does not say how an image enters it", hint="give its scheduler an add_noise")
+        check_noised(plan)
 
     def first_step(self, num_inference_steps: int) -> int:
-        """The reference rounds the number of steps that run down, float error and all: 0.58 of 50 are 28."""
-        left = min(int(num_inference_steps * self.strength), num_inference_steps)
-        if left == 0:
-            raise RequestError(
-                f"strength {self.strength:g} of {num_inference_steps} steps is none",
-                hint=f"give a strength of at least {1 / num_inference_steps:.3g}, or ask for more steps",
-            )
-        return num_inference_steps - left
+        """The steps before those that `strength` lets run."""
+        return first_step_of(self.strength, num_inference_steps)
 
-    def latents(self, plan: SamplingPlan, generator: Generator, shape: Shape, encode: Encode, vary: Vary) -> FloatArray:
+    def start(self, preparation: Preparation) -> Start:
         """The image's latents, sampled with the generator's first numbers, with noise of the next ones.
 
         Both draws are the reference's, in its order.
         """
-        known = encode(self.image).sample(generator.randn((1, *shape)))
-        noise = vary(generator.randn((1, *shape)))
-        on_image, on_noise = (np.float32(value) for value in plan.noised)
-        mixed: FloatArray = (on_image * known + on_noise * noise)[0]
-        return mixed
+        shape = (1, *preparation.shape)
+        known = preparation.encode(to_sample(self.image)).sample(preparation.generator.randn(shape))
+        noise = preparation.vary(preparation.generator.randn(shape))
+        return Start(latents=with_noise(preparation.plan, known, noise)[0])
+
+    def finish(self, image: Image.Image) -> Image.Image:
+        """The image is the result."""
+        return image
+
+    def warnings(self) -> tuple[str, ...]:
+        """Nothing is odd."""
+        return ()
 
     def parameters(self) -> Mapping[str, JsonValue]:
         """The strength, and by which pixels the image can be known again."""
-        return {"strength": self.strength, "image_sha256": pixels_sha256(self.image)}
+        return {"strength": self.strength, "image_sha256": self.image_sha256}
 
 
-def pixels_sha256(image: Image.Image) -> str:
-    """The hash of an RGB image's size and pixels."""
-    return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()
+def read_image_to_image(request: Request, model: ModelRecord) -> ImageToImage:
+    """The task of a request with an image. Raises RequestError."""
+    image = check_picture("image", request.image)
+    return ImageToImage(
+        image=image,
+        image_sha256=pixels_sha256(image),
+        strength=check_strength(request.strength, DEFAULT_STRENGTH),
+    )
+
+
+def check_strength(value: object, default: float) -> float:
+    """A strength above 0, up to 1; RequestError otherwise."""
+    strength = default if value is None else check_finite("strength", value)
+    if not 0 < strength <= 1:
+        raise RequestError(f"strength is {strength:g}", hint="give more than 0 (the image as it is), up to 1 (free)")
+    return strength
+
+
+def check_noised(plan: SamplingPlan) -> None:
+    """RequestError for a plan that does not say how an image enters it."""
+    if not np.isfinite(plan.noised).all():
+        raise RequestError("the plan does not say how an image enters it", hint="give its scheduler an add_noise")
+
+
+def first_step_of(strength: float, num_inference_steps: int) -> int:
+    """How many steps are left out. The reference rounds what runs down, float error and all: 0.58 of 50 are 28."""
+    left = min(int(num_inference_steps * strength), num_inference_steps)
+    if left == 0:
+        raise RequestError(
+            f"strength {strength:g} of {num_inference_steps} steps is none",
+            hint=f"give a strength of at least {1 / num_inference_steps:.3g}, or ask for more steps",
+        )
+    return num_inference_steps - left
+
+
+def with_noise(plan: SamplingPlan, latents: FloatArray, noise: FloatArray) -> FloatArray:
+    """An image's latents as noisy as the plan's first row has them, of the shape of both."""
+    on_image, on_noise = (np.float32(value) for value in plan.noised[0])
+    mixed: FloatArray = on_image * latents + on_noise * noise
+    return mixed

@@ -5,20 +5,22 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import numpy as np
+from PIL import Image
 
-from sdrt.bundle import JsonValue
-from sdrt.noise import Generator
+from sdrt.bundle import JsonValue, ModelRecord
+from sdrt.conditions import Start
 from sdrt.plan import SamplingPlan
-from sdrt.runners.base import FloatArray
-from sdrt.tasks.base import Encode, Shape, TaskName, Vary
+from sdrt.request import Request
+from sdrt.tasks.base import Preparation, TaskName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextToImage:
-    """See `Start`."""
+    """See `Task`."""
 
-    task: ClassVar[TaskName] = "text-to-image"
+    name: ClassVar[TaskName] = "text-to-image"
     size: ClassVar[None] = None
+    windowed: ClassVar[bool] = False
 
     def resized(self, height: int, width: int) -> Self:
         """Noise is of any size."""
@@ -31,11 +33,24 @@ class TextToImage:
         """None is left out."""
         return 0
 
-    def latents(self, plan: SamplingPlan, generator: Generator, shape: Shape, encode: Encode, vary: Vary) -> FloatArray:
+    def start(self, preparation: Preparation) -> Start:
         """Noise at the scale of the plan's first row."""
-        scaled: FloatArray = vary(generator.randn((1, *shape)))[0] * np.float32(plan.initial_scale)
-        return scaled
+        noise = preparation.vary(preparation.generator.randn((1, *preparation.shape)))
+        return Start(latents=noise[0] * np.float32(preparation.plan.initial_scale))
+
+    def finish(self, image: Image.Image) -> Image.Image:
+        """The image is the result."""
+        return image
+
+    def warnings(self) -> tuple[str, ...]:
+        """Nothing is odd."""
+        return ()
 
     def parameters(self) -> Mapping[str, JsonValue]:
         """Nothing: the seeds are the request's."""
         return {}
+
+
+def read_text_to_image(request: Request, model: ModelRecord) -> TextToImage:
+    """The task of a request that brings text alone."""
+    return TextToImage()

@@ -74,7 +74,7 @@ def test_a_plan_begins_where_the_object_is_told_to():
     scheduler.set_begin_index(3)
     plan = derive(scheduler)
     assert_agrees(plan, run_reference(made("DPMSolverMultistepScheduler", {}, 8), 8, first=3), TOLERANCE)
-    assert plan.noised[0] ** 2 + plan.noised[1] ** 2 == pytest.approx(1)
+    assert plan.noised[0, 0] ** 2 + plan.noised[0, 1] ** 2 == pytest.approx(1)
 
 
 @pytest.mark.parametrize("field", ["thresholding", "clip_sample"])

@@ -1,0 +1,76 @@
+"""What `sdrt run` takes for the tasks beside text-to-image: one option for each field of `Request`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+FromPicture = Annotated[
+    Path | None,
+    typer.Option(
+        "--image", metavar="IMAGE", help="Begin with this PNG, JPEG or WebP instead of noise.", show_default=False
+    ),
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="How much of the steps then runs, above 0 (as it is) up to 1 (free). Default: 0.8; with a mask 1.",
+        show_default=False,
+    ),
+]
+MaskFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--mask", metavar="IMAGE", help="What of the image is drawn anew: white; black stays.", show_default=False
+    ),
+]
+MaskMode = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODE",
+        help="diffusers: greys count as black or white; soft: they blend. Default: diffusers.",
+        show_default=False,
+    ),
+]
+MaskBlur = Annotated[
+    float | None, typer.Option(metavar="PIXELS", help="Of a soft mask. Default: 8.", show_default=False)
+]
+PaddingMaskCrop = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PIXELS", help="Work on the mask and so many pixels around it alone, in --size.", show_default=False
+    ),
+]
+Preserve = Annotated[
+    bool | None,
+    typer.Option(
+        "--preserve/--no-preserve",
+        help="Leave every pixel outside the mask as it is. Default: only with --outpaint.",
+        show_default=False,
+    ),
+]
+Outpaint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIDE=N,…",
+        help="Grow the image by pixels on sides, in windows where it gets large: left=128,bottom=64.",
+        show_default=False,
+    ),
+]
+Fill = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOW",
+        help="What is in the new part before: edge, noise or a colour. Default: edge.",
+        show_default=False,
+    ),
+]
+Windowed = Annotated[
+    bool | None,
+    typer.Option(
+        "--windowed",
+        help="Sizes above the bundle's, in overlapping windows that are one at every step.",
+        show_default=False,
+    ),
+]

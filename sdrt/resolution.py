@@ -1,0 +1,286 @@
+"""The one place where a request is checked, before anything is computed, and its defaults are filled in."""
+
+import math
+import reprlib
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdrt.bundle import Manifest
+from sdrt.checks import check_finite, check_flag, check_share, check_whole, shown
+from sdrt.errors import RequestError
+from sdrt.noise import GENERATORS, GeneratorName, Variation
+from sdrt.plan import SCHEDULERS, SamplingPlan, build_plan, count_steps
+from sdrt.plan.catalog import find_scheduler
+from sdrt.plan.clamping import Thresholding, read_thresholding
+from sdrt.request import Request
+from sdrt.sizes import describe_sizes, fits_windows, nearest_size
+from sdrt.tasks import read_task
+from sdrt.tasks.base import Task
+
+MAX_IMAGES = 64
+MAX_STEPS = 1000
+OWN_PLAN = "a plan of one's own"  # in the place of a scheduler's name
+MAX_PROMPT_CHARACTERS = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedRequest:
+    """A request that was checked against a bundle, with every default filled in, and its sampling plan.
+
+    seeds, variations: those of each image. windowed: larger than the engines take at once.
+    """
+
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    seeds: tuple[int, ...]
+    eta: float
+    generator: GeneratorName
+    guidance_start: float
+    guidance_end: float
+    guidance_rescale: float
+    timesteps: tuple[float, ...] | None
+    sigmas: tuple[float, ...] | None
+    plan: SamplingPlan
+    task: Task
+    windowed: bool
+    variations: tuple[Variation | None, ...]
+
+    @property
+    def seed(self) -> int:
+        """The seed of the first image."""
+        return self.seeds[0]
+
+    @property
+    def num_images_per_prompt(self) -> int:
+        """How many images."""
+        return len(self.seeds)
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance runs; decided here and nowhere else, as the reference does."""
+        return self.guidance_scale > 1
+
+    @property
+    def guided_rows(self) -> range:
+        """The rows of the plan that are guided: those that begin in [guidance_start, guidance_end)."""
+        if not self.guided:
+            return range(0)
+        rows = len(self.plan)
+        # Rounded first: 0.3 of 10 rows is 3, though 0.3 · 10 may be a little more.
+        first, end = (math.ceil(round(share * rows, 9)) for share in (self.guidance_start, self.guidance_end))
+        return range(first, end)
+
+
+def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
+    """Check a request against a bundle and fill in its defaults. Raises RequestError; computes nothing."""
+    _check_text("prompt", request.prompt)
+    _check_text("negative_prompt", request.negative_prompt)
+    task = read_task(request, manifest.model)
+    height, width, windowed = _resolve_size(request, manifest, task)
+    task = task.resized(height, width)
+    guidance_scale = check_finite("guidance_scale", request.guidance_scale)
+    eta = check_share("eta", request.eta, hint="give a number from 0 (no noise) to 1")
+    guidance_start, guidance_end = (
+        check_finite(name, getattr(request, name)) for name in ("guidance_start", "guidance_end")
+    )
+    if not 0 <= guidance_start < guidance_end <= 1:
+        raise RequestError(
+            f"guidance_start is {guidance_start:g} and guidance_end {guidance_end:g}",
+            hint="give shares of the steps: 0 <= start < end <= 1; for no guidance at all, guidance_scale 1",
+        )
+    hint = "give a number from 0 (not at all) to 1"
+    guidance_rescale = check_share("guidance_rescale", request.guidance_rescale, hint=hint)
+    timesteps, sigmas = (_numbers(name, getattr(request, name)) for name in ("timesteps", "sigmas"))
+    plan, scheduler, steps = _resolve_plan(request, manifest, task, eta, timesteps, sigmas)
+    generator = _resolve_generator(request.generator)
+    seeds = _resolve_seeds(request.seed, request.num_images_per_prompt)
+    seeds, variations = _resolve_variations(request, seeds, generator)
+    resolved = ResolvedRequest(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        scheduler=scheduler,
+        seeds=seeds,
+        variations=variations,
+        eta=eta,
+        generator=generator,
+        guidance_start=guidance_start,
+        guidance_end=guidance_end,
+        guidance_rescale=guidance_rescale,
+        timesteps=timesteps,
+        sigmas=sigmas,
+        plan=plan,
+        task=task,
+        windowed=windowed,
+    )
+    if resolved.guided and not resolved.guided_rows:
+        raise RequestError(
+            f"guidance_start {guidance_start:g}, guidance_end {guidance_end:g}: none of {len(plan)} rows is guided",
+            hint="widen the interval, or ask for more steps; for no guidance at all, guidance_scale 1",
+        )
+    return resolved
+
+
+def _resolve_variations(
+    request: Request, seeds: tuple[int, ...], generator: GeneratorName
+) -> tuple[tuple[int, ...], tuple[Variation | None, ...]]:
+    """The seeds and variations of the images: with a variation, seeds that were counted up are one again."""
+    share = check_share("variation_strength", request.variation_strength, hint="give a number from 0 to 1")
+    if request.variation_seed is None:
+        if share != 0:
+            raise RequestError(f"variation_strength is {share:g} of no other seed", hint="give a variation_seed")
+        return seeds, (None,) * len(seeds)
+    first = check_whole("variation_seed", request.variation_seed, 0, 2**64 - len(seeds))
+    if _listed(request.seed) is None:
+        seeds = (seeds[0],) * len(seeds)
+    others = range(first, first + len(seeds))
+    return seeds, tuple(Variation(seed=other, share=share, generator=generator) for other in others)
+
+
+def _resolve_size(request: Request, manifest: Manifest, task: Task) -> tuple[int, int, bool]:
+    """(height, width), as asked for, else what the task works on, else the model's own; and whether in windows."""
+    model, profile = manifest.model, manifest.profile
+    default = nearest_size(profile, model.default_height, model.default_width) if task.size is None else task.size
+    height = default[0] if request.height is None else check_whole("height", request.height, 1, 10**6)
+    width = default[1] if request.width is None else check_whole("width", request.width, 1, 10**6)
+    windowed = check_flag("windowed", request.windowed) or task.windowed
+    if profile.accepts(height, width):
+        return height, width, False
+    if windowed and fits_windows(profile, height, width):
+        return height, width, True
+    near = nearest_size(profile, height, width)
+    reason = ""
+    if height % profile.multiple_of or width % profile.multiple_of:
+        reason = f": both sides must be multiples of {profile.multiple_of}"
+    larger = "; larger ones with windowed" if not windowed and fits_windows(profile, height, width) else ""
+    raise RequestError(
+        f"this bundle does not make images of {width}x{height}{reason}",
+        hint=f"it makes {describe_sizes(profile)}; the nearest is {near[1]}x{near[0]}{larger}",
+    )
+
+
+def _resolve_plan(
+    request: Request,
+    manifest: Manifest,
+    task: Task,
+    eta: float,
+    timesteps: tuple[float, ...] | None,
+    sigmas: tuple[float, ...] | None,
+) -> tuple[SamplingPlan, str, int]:
+    """The plan, the scheduler's name and the number of steps."""
+    model = manifest.model
+    scheduler: object = request.scheduler
+    steps = request.num_inference_steps
+    if steps is not None:
+        steps = check_whole("num_inference_steps", steps, 1, MAX_STEPS)
+    if isinstance(scheduler, SamplingPlan):
+        _check_own_plan(request, scheduler, read_thresholding(model.scheduler_config))
+        task.check_plan(scheduler)
+        plan, name, count = scheduler, OWN_PLAN, len(scheduler)
+    elif scheduler is None or isinstance(scheduler, str):
+        count = count_steps(
+            scheduler_class=model.scheduler_class,
+            scheduler=scheduler,
+            num_inference_steps=steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+        )
+        plan = build_plan(
+            scheduler_class=model.scheduler_class,
+            scheduler_config=model.scheduler_config,
+            num_inference_steps=steps,
+            scheduler=scheduler,
+            eta=eta,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            first=task.first_step(count),
+        )
+        name = model.scheduler_class if scheduler is None else find_scheduler(scheduler).name
+    else:
+        hint = f"give a SamplingPlan, or one of: {', '.join(SCHEDULERS)}"
+        raise RequestError(f"scheduler is {type(scheduler).__name__}, not a name", hint=hint)
+    if plan.slots > manifest.state_slots:
+        raise RequestError(
+            f"the scheduler keeps {plan.slots} states; this bundle has room for {manifest.state_slots}",
+            hint="choose another scheduler, or rebuild the bundle with: sdrt build",
+        )
+    return plan, name, count
+
+
+def _check_own_plan(request: Request, plan: SamplingPlan, thresholding: Thresholding | None) -> None:
+    """A plan of one's own has its steps and its noise. thresholding: what the bundle's step graph does to an x₀."""
+    asked = {"num_inference_steps": None, "timesteps": None, "sigmas": None, "eta": 0, "strength": None}
+    beside = [name for name, absent in asked.items() if getattr(request, name) != absent]
+    if beside:
+        raise RequestError(f"{beside[0]} is given beside a plan, which has its own", hint=f"leave {beside[0]} out")
+    numbers = (plan.timesteps, plan.input_scales, plan.transitions, np.array(plan.initial_scale))
+    if not all(np.isfinite(values).all() for values in numbers):
+        raise RequestError("the plan has values that are not finite", hint="ask its scheduler for other steps")
+    ratio = None if thresholding is None else thresholding.ratio
+    if plan.clamp is not None and plan.clamp.ratio != ratio:
+        raise RequestError(
+            f"the plan thresholds at {plan.clamp.ratio}, this bundle's step graph at {ratio}",
+            hint="use a scheduler that does as the checkpoint's own; sdrt inspect shows its config",
+        )
+
+
+def _resolve_generator(name: object) -> GeneratorName:
+    for known in GENERATORS:
+        if name == known:
+            return known
+    raise RequestError(f"generator is {reprlib.repr(name)}", hint=f"choose one of: {', '.join(GENERATORS)}")
+
+
+def _resolve_seeds(seed: object, images: int | None) -> tuple[int, ...]:
+    """The seed of each image."""
+    count = None if images is None else check_whole("num_images_per_prompt", images, 1, MAX_IMAGES)
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    if (listed := _listed(seed)) is not None:
+        seed = listed
+        check_whole("the number of seeds", len(seed), 1, MAX_IMAGES)
+        if count is not None and count != len(seed):
+            raise RequestError(
+                f"num_images_per_prompt is {count}, but there are {len(seed)} seeds",
+                hint="leave num_images_per_prompt out: there is an image for each seed",
+            )
+        return tuple(check_whole("seed", each, 0, 2**64 - 1) for each in seed)
+    count = 1 if count is None else count
+    first = check_whole("seed", seed, 0, 2**64 - count)
+    return tuple(range(first, first + count))
+
+
+def _numbers(name: str, values: object) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    listed = _listed(values)
+    if listed is None or not 1 <= len(listed) <= MAX_STEPS + 1:
+        raise RequestError(f"{name} is {shown(values)}", hint=f"give 1 to {MAX_STEPS} numbers in descending order")
+    return tuple(check_finite(name, value) for value in listed)
+
+
+def _listed(values: object) -> list[object] | None:
+    """The items of a list, a tuple or a one-dimensional array; None of anything else."""
+    if isinstance(values, np.ndarray):
+        return list(values) if values.ndim == 1 else None
+    return list(values) if isinstance(values, list | tuple | range) else None
+
+
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"{name} is {type(text).__name__}, not text", hint="give a string; it may be empty")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        hint = f"give at most {MAX_PROMPT_CHARACTERS} characters"
+        raise RequestError(f"{name} has {len(text)} characters", hint=hint)
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise RequestError(f"{name} holds characters that are no text (NUL or a lone surrogate)", hint="remove them")

@@ -1,0 +1,38 @@
+"""Which image sizes a bundle makes, in words and as the nearest to one that it does not make."""
+
+from sdrt.bundle import ShapeProfile
+from sdrt.image import LARGEST_PIXELS
+
+
+def describe_sizes(profile: ShapeProfile) -> str:
+    """The sizes that a profile accepts, as WIDTHxHEIGHT."""
+    if profile.sizes:
+        return ", ".join(f"{width}x{height}" for height, width in profile.sizes)
+    low, high = (f"{width}x{height}" for height, width in (profile.minimum, profile.maximum))
+    return low if low == high else f"{low} to {high} in steps of {profile.multiple_of} pixels"
+
+
+def nearest_size(profile: ShapeProfile, height: int, width: int) -> tuple[int, int]:
+    """The accepted (height, width) that is closest to the one given."""
+    if profile.sizes:
+        return min(profile.sizes, key=lambda size: abs(size[0] - height) + abs(size[1] - width))
+    grid = profile.multiple_of
+    rows, columns = (
+        min(max(round(side / grid) * grid, low), high)
+        for side, low, high in zip((height, width), profile.minimum, profile.maximum, strict=True)
+    )
+    return rows, columns
+
+
+def window_size(profile: ShapeProfile, height: int, width: int) -> tuple[int, int]:
+    """The largest accepted (height, width) that no image of this size is smaller than, in pixels."""
+    if profile.sizes:
+        inside = [size for size in profile.sizes if size[0] <= height and size[1] <= width]
+        return max(inside, key=lambda size: size[0] * size[1], default=(0, 0))
+    return min(height, profile.maximum[0]), min(width, profile.maximum[1])
+
+
+def fits_windows(profile: ShapeProfile, height: int, width: int) -> bool:
+    """Whether an image of this size can be made in overlapping windows of an accepted size."""
+    on_grid = height % profile.multiple_of == 0 and width % profile.multiple_of == 0
+    return on_grid and height * width <= LARGEST_PIXELS and profile.accepts(*window_size(profile, height, width))

@@ -1,0 +1,144 @@
+"""Outpainting: an image on a larger canvas, whose new part is drawn. It is inpainting of that part."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import numpy as np
+from PIL import Image, ImageColor
+
+from sdrt.bundle import JsonValue, ModelRecord
+from sdrt.checks import check_flag, check_whole, shown
+from sdrt.conditions import Start
+from sdrt.errors import RequestError
+from sdrt.plan import SamplingPlan
+from sdrt.request import Request
+from sdrt.tasks import pictures
+from sdrt.tasks.base import Preparation, TaskName
+from sdrt.tasks.image_to_image import check_strength
+from sdrt.tasks.inpainting import DEFAULT_STRENGTH, Inpainting, check_mask_blur
+
+SIDES = ("left", "top", "right", "bottom")
+LARGEST_MARGIN = 4096
+EDGE, NOISE = "edge", "noise"
+_NOISE_SEED = 0  # of the fill alone, so that it is the same whatever the request's seed
+_HINT = 'name sides and pixels: {"left": 128, "bottom": 64}'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outpainting:
+    """See `Task`. inside: the inpainting of the canvas. margins: pixels (left, top, right, bottom)."""
+
+    name: ClassVar[TaskName] = "outpainting"
+    windowed: ClassVar[bool] = True
+    inside: Inpainting
+    margins: tuple[int, int, int, int]
+    fill: str
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """That of the canvas."""
+        return self.inside.size
+
+    def resized(self, height: int, width: int) -> Self:
+        """With the canvas in this size."""
+        return replace(self, inside=self.inside.resized(height, width))
+
+    def check_plan(self, plan: SamplingPlan) -> None:
+        """See `Inpainting`."""
+        self.inside.check_plan(plan)
+
+    def first_step(self, num_inference_steps: int) -> int:
+        """See `Inpainting`."""
+        return self.inside.first_step(num_inference_steps)
+
+    def start(self, preparation: Preparation) -> Start:
+        """See `Inpainting`."""
+        return self.inside.start(preparation)
+
+    def finish(self, image: Image.Image) -> Image.Image:
+        """See `Inpainting`."""
+        return self.inside.finish(image)
+
+    def warnings(self) -> tuple[str, ...]:
+        """Nothing is odd: there is always a margin, and always an image."""
+        return ()
+
+    def parameters(self) -> Mapping[str, JsonValue]:
+        """The margins and what filled them, and what of the inpainting's own was asked for."""
+        margins: dict[str, JsonValue] = dict(zip(SIDES, self.margins, strict=True))
+        inpainting = dict(self.inside.parameters())
+        own = {name: inpainting[name] for name in ("strength", "image_sha256", "mask_mode", "mask_blur", "preserve")}
+        return {**own, "outpaint": margins, "fill": self.fill}
+
+
+def read_outpainting(request: Request, model: ModelRecord) -> Outpainting:
+    """The task of a request with an image and margins. Raises RequestError."""
+    image = pictures.check_picture("image", request.image)
+    margins = _check_margins(request.outpaint)
+    fill = EDGE if request.fill is None else request.fill
+    preserve = True if request.preserve is None else check_flag("preserve", request.preserve)
+    mask = _mask(image, margins)
+    inside = Inpainting(
+        image=_canvas(image, margins, fill),
+        mask=mask,
+        strength=check_strength(request.strength, DEFAULT_STRENGTH),
+        blur=check_mask_blur(request),
+        conditioned=model.task == "inpainting",
+        vae_downsample=model.vae_downsample,
+        image_sha256=pictures.pixels_sha256(image),
+        mask_sha256=pictures.pixels_sha256(mask),
+        preserve=preserve,
+    )
+    return Outpainting(inside=inside, margins=margins, fill=fill)
+
+
+def parse_margins(text: str) -> dict[str, int]:
+    """Margins as on a command line, such as left=128,right=64. Raises RequestError."""
+    margins = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([a-z]+)\s*=\s*([0-9]{1,9})\s*", part)
+        if match is None or match[1] in margins:
+            raise RequestError(f"outpaint is {shown(text)}", hint="name each side once: left=128,bottom=64")
+        margins[match[1]] = int(match[2])
+    return margins
+
+
+def _check_margins(margins: object) -> tuple[int, int, int, int]:
+    if not isinstance(margins, Mapping):
+        raise RequestError(f"outpaint is {shown(margins)}", hint=_HINT)
+    unknown = [shown(side) for side in margins if side not in SIDES]
+    if unknown:
+        raise RequestError(f"outpaint names {', '.join(unknown)}", hint=f"the sides are {', '.join(SIDES)}")
+    left, top, right, bottom = (
+        check_whole(f"outpaint's {side}", margins.get(side, 0), 0, LARGEST_MARGIN) for side in SIDES
+    )
+    if left + top + right + bottom == 0:
+        raise RequestError("outpaint grows no side", hint=_HINT)
+    return left, top, right, bottom
+
+
+def _canvas(image: Image.Image, margins: tuple[int, int, int, int], fill: str) -> Image.Image:
+    left, top, right, bottom = margins
+    pixels = np.asarray(image)
+    around = ((top, bottom), (left, right), (0, 0))
+    if fill == EDGE:
+        return Image.fromarray(np.pad(pixels, around, mode="edge"))
+    canvas = np.pad(pixels, around)
+    new = np.pad(np.zeros(pixels.shape[:2], bool), around[:2], constant_values=True)
+    if fill == NOISE:
+        canvas[new] = np.random.default_rng(_NOISE_SEED).integers(0, 256, (int(new.sum()), 3), np.uint8)
+        return Image.fromarray(canvas)
+    try:
+        canvas[new] = ImageColor.getrgb(fill)[:3]
+    except (ValueError, AttributeError) as error:
+        hint = f"give {EDGE}, {NOISE} or a colour: white, #204080"
+        raise RequestError(f"fill is {shown(fill)}", hint=hint) from error
+    return Image.fromarray(canvas)
+
+
+def _mask(image: Image.Image, margins: tuple[int, int, int, int]) -> Image.Image:
+    left, top, right, bottom = margins
+    kept = np.zeros((image.height, image.width), np.uint8)
+    return Image.fromarray(np.pad(kept, ((top, bottom), (left, right)), constant_values=pictures.OPAQUE))
