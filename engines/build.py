@@ -35,7 +35,7 @@ from sdrt.files import check_replaceable, check_writable, staged_directory
 from sdrt.plan.clamping import read_thresholding
 from sdrt.plan.rows import MAX_STATE_SLOTS
 from sdrt.progress import Progress
-from sdrt.runners.base import LANES_PER_IMAGE, VAE_DECODER, VAE_DECODER_FLOAT32
+from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +145,7 @@ def component_source(name: str, folder: OnnxFolder, profile: ShapeProfile) -> Co
         name=name,
         onnx_path=folder.onnx_path(name),
         profile=profile,
-        max_lanes=profile.max_batch * LANES_PER_IMAGE,
+        max_lanes=profile.max_batch * folder.model.lanes_per_image,
         state_slots=MAX_STATE_SLOTS,
         latent_channels=folder.model.latent_channels,
         conditioning_channels=folder.model.conditioning_channels,

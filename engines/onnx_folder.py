@@ -8,10 +8,17 @@ from pathlib import Path
 
 import msgspec
 
-from sdrt.bundle import JsonValue, ModelRecord
+from sdrt.bundle import JsonValue, ModelRecord, NoiseAugmentation
 from sdrt.engines.onnx_files import MODEL_NAME
 from sdrt.errors import CheckpointError
-from sdrt.exported import EXPORT_FORMAT_VERSION, EXPORT_RECORD_NAME, ExportRecord, GoldenRequest, task_of_channels
+from sdrt.exported import (
+    EXPORT_FORMAT_VERSION,
+    EXPORT_RECORD_NAME,
+    MAX_NOISE_LEVEL,
+    ExportRecord,
+    GoldenRequest,
+    task_of_channels,
+)
 from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 
 FOLDER_OF = {TEXT_ENCODER: "text_encoder", STEP: "unet", VAE_DECODER: "vae_decoder", VAE_ENCODER: "vae_encoder"}
@@ -94,6 +101,7 @@ def _model_of_configs(path: Path) -> ModelRecord:
         conditioning_channels=_whole(unet, "in_channels", unet_file) - latent_channels,
         vae_downsample=vae_downsample,
         size_multiple=vae_downsample * 2 ** (levels - 1),
+        noise_augmentation=_noise_augmentation(path),
         vae_scaling_factor=float(scaling),
         prompt_embeds_dim=_whole(unet, "cross_attention_dim", unet_file),
         text_length=_text_length(path),
@@ -102,6 +110,17 @@ def _model_of_configs(path: Path) -> ModelRecord:
         scheduler_class=str(scheduler.get("_class_name", "")),
         scheduler_config=dict(scheduler),
     )
+
+
+def _noise_augmentation(path: Path) -> NoiseAugmentation | None:
+    file = path / "low_res_scheduler" / "scheduler_config.json"
+    if not file.exists():
+        return None
+    index = _read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
+    level = index.get("max_noise_level", MAX_NOISE_LEVEL)
+    if isinstance(level, bool) or not isinstance(level, int):
+        raise CheckpointError(f"{path / 'model_index.json'}: max_noise_level is {level!r}", hint=_REEXPORT)
+    return NoiseAugmentation(scheduler_config=dict(_read_json(file)), max_noise_level=level)
 
 
 def _identity(path: Path) -> str:

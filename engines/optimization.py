@@ -7,7 +7,7 @@ from types import MappingProxyType
 from sdrt.bundle import ShapeProfile, TensorSpec
 from sdrt.engines.base import ComponentSource
 from sdrt.errors import BuildError
-from sdrt.runners.base import LANES_PER_IMAGE, STEP, TEXT_ENCODER, VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER
+from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER
 from sdrt.step_border import ALL_STEP_INPUTS
 from sdrt.vae import tile_for
 
@@ -66,11 +66,13 @@ def _ranges(source: ComponentSource) -> list[dict[str, Range]]:
     general = length | _sides(source, profile.minimum, profile.maximum)
     general |= {
         "requests": Range(minimum=1, optimum=profile.max_batch, maximum=profile.max_batch),  # batches are padded to it
-        "lanes": Range(minimum=1, optimum=LANES_PER_IMAGE, maximum=source.max_lanes),
+        "lanes": Range(minimum=1, optimum=source.max_lanes // profile.max_batch, maximum=source.max_lanes),
     }
     hot = [general | _sides(source, size, size) for size in _hot_sizes(profile, source)]
     if profile.max_batch == 1:
-        hot = [each | {"requests": _fixed(1), "lanes": _fixed(lanes)} for each in hot for lanes in (LANES_PER_IMAGE, 1)]
+        hot = [
+            each | {"requests": _fixed(1), "lanes": _fixed(lanes)} for each in hot for lanes in (source.max_lanes, 1)
+        ]
     covered = bool(profile.sizes) and len(profile.sizes) <= HOT_SIZES
     return hot if covered else [*hot, general]
 

@@ -16,9 +16,10 @@ from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder
 from sdrt.engines.onnx_session import run_onnx
 from sdrt.engines.onnxruntime import OnnxRuntimeBuilder
 from sdrt.engines.seal import GoldenResult, make_image, read_golden, read_golden_image
-from sdrt.engines.step_graph import PROMPT_EMBEDS, SAMPLE, TIMESTEP
+from sdrt.engines.step_graph import CLASS_LABELS, PROMPT_EMBEDS, SAMPLE, TIMESTEP
 from sdrt.errors import BuildError
 from sdrt.exported import GoldenRequest
+from sdrt.golden import NOISE_LEVEL
 from sdrt.runners import open_runner
 from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array
 
@@ -113,13 +114,17 @@ def _component_feeds(folder: OnnxFolder, request: GoldenRequest) -> dict[str, Ma
     def normal(*shape: int) -> npt.NDArray[np.float32]:
         return random.standard_normal(shape, np.float32)
 
+    sample = (1, model.latent_channels + model.conditioning_channels, *latents[2:])
+    step: dict[str, Array] = {
+        SAMPLE: normal(*sample),
+        TIMESTEP: np.array([_TIMESTEP], np.float32),
+        PROMPT_EMBEDS: normal(1, folder.model.text_length, model.prompt_embeds_dim),
+    }
+    if model.noise_augmentation is not None:
+        step[CLASS_LABELS] = np.array([NOISE_LEVEL])
     return {
         TEXT_ENCODER: {"input_ids": random.integers(0, _vocabulary(folder), (1, folder.model.text_length))},
-        STEP: {
-            SAMPLE: normal(*latents),
-            TIMESTEP: np.array([_TIMESTEP], np.float32),
-            PROMPT_EMBEDS: normal(1, folder.model.text_length, model.prompt_embeds_dim),
-        },
+        STEP: step,
         VAE_DECODER: {"latent_sample": normal(*latents)},
         VAE_ENCODER: {"sample": normal(1, 3, request.height, request.width).clip(-1, 1)},
     }

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from sdrt.bundle import Bundle, ParityRecord, Precision
 from sdrt.engines.step_graph import CLASS_LABELS, PROMPT_EMBEDS, SAMPLE, TIMESTEP
 from sdrt.errors import BuildError, ParityError
 from sdrt.exported import GoldenRequest
+from sdrt.golden import golden_fields
 from sdrt.parity import image_parity, max_relative, meets
 from sdrt.pipeline import Pipeline
 from sdrt.request import Request
@@ -145,6 +147,8 @@ def step_feeds(inputs: Mapping[str, Array], slots: int, channels: int) -> dict[s
 
 def make_image(bundle: Bundle, runner: Runner, request: GoldenRequest) -> npt.NDArray[np.uint8]:
     """The golden request's image as this runtime makes it, uint8 [H, W, 3]."""
+    model = bundle.manifest.model
+    brought: Mapping[str, Any] = golden_fields(model.task, request.height, request.width, model.vae_downsample)
     result = Pipeline(bundle, runner).generate(
         Request(
             prompt=request.prompt,
@@ -153,6 +157,7 @@ def make_image(bundle: Bundle, runner: Runner, request: GoldenRequest) -> npt.ND
             guidance_scale=request.guidance_scale,
             height=request.height,
             width=request.width,
+            **brought,
         )
     )
     return np.asarray(result.images[0], np.uint8)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sdrt.bundle import ModelRecord, ModelTask
+from sdrt.bundle import ModelRecord, ModelTask, NoiseAugmentation
 from sdrt.cache import Store, cache_key
 from sdrt.errors import CheckpointError
-from sdrt.exported import task_of_channels
+from sdrt.exported import MAX_NOISE_LEVEL, task_of_channels
 from sdrt.plan.catalog import FAMILIES
 
 COMPONENT_CLASSES: Mapping[str, str] = {
@@ -18,26 +18,37 @@ COMPONENT_CLASSES: Mapping[str, str] = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
 }
-SUPPORTED_PIPELINES = ("StableDiffusionPipeline",)
+# Which checkpoints each pipeline class is saved with: those of text-to-image do for any whose UNet needs no more.
+SUPPORTED_PIPELINES: Mapping[str, tuple[ModelTask, ...]] = {
+    "StableDiffusionPipeline": ("text-to-image",),
+    "StableDiffusionImg2ImgPipeline": ("text-to-image",),
+    "StableDiffusionInpaintPipeline": ("inpainting", "text-to-image"),
+    "StableDiffusionUpscalePipeline": ("upscaling",),
+    "StableDiffusionDepth2ImgPipeline": ("depth-to-image",),
+    "StableDiffusionInstructPix2PixPipeline": ("editing",),
+}
 _KNOWN_PIPELINES: Mapping[str, str] = {
     "StableDiffusionXLPipeline": "Stable Diffusion XL",
-    "StableDiffusionInpaintPipeline": "an inpainting model",
-    "StableDiffusionUpscalePipeline": "an x4 upscaler",
-    "StableDiffusionDepth2ImgPipeline": "a depth-to-image model",
-    "StableDiffusionInstructPix2PixPipeline": "an InstructPix2Pix model",
     "StableDiffusion3Pipeline": "Stable Diffusion 3",
     "FluxPipeline": "Flux",
 }
 # UNet options that change its inputs, with the value that leaves them as Stable Diffusion 1.x and 2.x have them.
 _UNET_DEFAULTS: Mapping[str, object] = {
     "class_embed_type": None,
-    "num_class_embeds": None,
     "addition_embed_type": None,
     "encoder_hid_dim": None,
     "time_cond_proj_dim": None,
     "center_input_sample": False,
 }
-_SUPPORTED = "sdrt exports text-to-image models of the Stable Diffusion 1.x and 2.x layout"
+_SUPPORTED = (
+    "sdrt exports models of the Stable Diffusion 1.x and 2.x layout: text-to-image, inpainting, x4 upscaling, "
+    "depth-to-image, InstructPix2Pix"
+)
+# What the pipelines of these checkpoints set in old scheduler configs; the others leave them as they are.
+_SET_ANEW: Mapping[ModelTask, Mapping[str, object]] = {
+    "text-to-image": {"steps_offset": 1, "clip_sample": False},
+    "inpainting": {"steps_offset": 1, "skip_prk_steps": True},
+}
 _LARGEST_HEADER_BYTES = 100 * 2**20
 
 
@@ -56,6 +67,7 @@ class Checkpoint:
     variant: Mapping[str, str | None]
     scheduler_class: str
     scheduler_config: Mapping[str, Any]
+    noise_augmentation: NoiseAugmentation | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -68,9 +80,15 @@ class Checkpoint:
         return int(2 ** (len(self.configs["vae"]["block_out_channels"]) - 1))
 
     @property
-    def size_multiple(self) -> int:
-        """The grid in pixels that the UNet's down- and upsampling maps onto itself."""
-        return int(self.vae_downsample * 2 ** (len(self.configs["unet"]["block_out_channels"]) - 1))
+    def unet_grid(self) -> int:
+        """The latent pixels that become one at the UNet's coarsest."""
+        return int(2 ** (len(self.configs["unet"]["block_out_channels"]) - 1))
+
+    @property
+    def num_class_embeds(self) -> int | None:
+        """How many classes the UNet knows; None for one without."""
+        count = self.configs["unet"].get("num_class_embeds")
+        return None if count is None else int(count)
 
     @property
     def conditioning_channels(self) -> int:
@@ -110,9 +128,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         variant={name: variant for name, (_, variant) in located.items()},
         scheduler_class=str(scheduler.get("_class_name", index["scheduler"][1])),
         scheduler_config=scheduler,
+        noise_augmentation=_noise_augmentation(path, index),
     )
     _check_tokenizer(path)
     _check_unet(checkpoint)
+    _check_task(checkpoint, str(index.get("_class_name")))
     return checkpoint
 
 
@@ -127,6 +147,8 @@ def identity_of(checkpoint: Checkpoint, store: Store) -> str:
     folders = ("tokenizer", "scheduler")
     files = [path for folder in folders for path in sorted((checkpoint.path / folder).rglob("*")) if path.is_file()]
     others = {path.relative_to(checkpoint.path).as_posix(): store.sha256(path) for path in files}
+    if checkpoint.noise_augmentation is not None:
+        others["low_res_scheduler"] = store.sha256(checkpoint.path / "low_res_scheduler" / "scheduler_config.json")
     for name in COMPONENT_CLASSES:
         hashes = component_hashes(checkpoint, name, store)
         others |= {f"{name}/{file}": digest for file, digest in hashes.items()}
@@ -143,30 +165,47 @@ def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
         latent_channels=int(checkpoint.configs["vae"]["latent_channels"]),
         conditioning_channels=checkpoint.conditioning_channels,
         vae_downsample=checkpoint.vae_downsample,
-        size_multiple=checkpoint.size_multiple,
+        size_multiple=checkpoint.vae_downsample,
         vae_scaling_factor=float(checkpoint.configs["vae"].get("scaling_factor", 0.18215)),
         prompt_embeds_dim=int(checkpoint.configs["unet"]["cross_attention_dim"]),
         text_length=int(checkpoint.configs["text_encoder"].get("max_position_embeddings", 77)),
         default_height=height,
         default_width=width,
         scheduler_class=checkpoint.scheduler_class,
-        scheduler_config=_as_the_pipeline_sets_it(checkpoint.scheduler_class, checkpoint.scheduler_config),
+        scheduler_config=_as_the_pipeline_sets_it(checkpoint),
+        noise_augmentation=checkpoint.noise_augmentation,
     )
 
 
-def _as_the_pipeline_sets_it(scheduler_class: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' StableDiffusionPipeline overrides two scheduler fields of old checkpoints, and so must we.
+def _as_the_pipeline_sets_it(checkpoint: Checkpoint) -> dict[str, Any]:
+    """diffusers' pipelines override scheduler fields of old checkpoints, and so must we.
 
     A field that the config lacks is overridden too where the class has it, but not handed on to other classes.
     """
-    forced = {"steps_offset": 1, "clip_sample": False}
+    config, scheduler_class = checkpoint.scheduler_config, checkpoint.scheduler_class
+    forced = _SET_ANEW.get(checkpoint.task, {})
     set_anew = {**config, **{name: value for name, value in forced.items() if name in config}}
     family = FAMILIES.get(scheduler_class)
-    if "steps_offset" in config or family is None or "steps_offset" not in family.fields:
+    if (
+        "steps_offset" not in forced
+        or "steps_offset" in config
+        or family is None
+        or "steps_offset" not in family.fields
+    ):
         return set_anew
     defaults = config.get("_use_default_values")
     named = [*defaults] if isinstance(defaults, list) else []
     return {**set_anew, "steps_offset": forced["steps_offset"], "_use_default_values": [*named, "steps_offset"]}
+
+
+def _noise_augmentation(path: Path, index: Mapping[str, Any]) -> NoiseAugmentation | None:
+    """What an upscaler does to its small image; None for other checkpoints."""
+    if "low_res_scheduler" not in index:
+        return None
+    config = _read_json(_component_folder(path, "low_res_scheduler") / "scheduler_config.json")
+    return NoiseAugmentation(
+        scheduler_config=config, max_noise_level=int(index.get("max_noise_level", MAX_NOISE_LEVEL))
+    )
 
 
 def check_safetensors(path: Path) -> None:
@@ -213,13 +252,11 @@ def _check_tokenizer(path: Path) -> None:
 
 
 def _check_unet(checkpoint: Checkpoint) -> None:
-    unet, vae = checkpoint.configs["unet"], checkpoint.configs["vae"]
-    latent, channels = vae.get("latent_channels"), unet.get("in_channels")
-    if channels != latent:
-        kinds = {9: "inpainting", 8: "image editing", 7: "an x4 upscaler", 5: "depth-to-image"}
-        described = f", as for {kinds[channels]}" if channels in kinds else ""
+    unet, latent = checkpoint.configs["unet"], checkpoint.configs["vae"].get("latent_channels")
+    if unet.get("out_channels", latent) != latent:
         raise CheckpointError(
-            f"the UNet of {checkpoint.path} takes {channels} channels{described}; the VAE has {latent}", hint=_SUPPORTED
+            f"the UNet of {checkpoint.path} gives {unet['out_channels']} channels; the VAE has {latent}",
+            hint=_SUPPORTED,
         )
     for option, plain in _UNET_DEFAULTS.items():
         if unet.get(option, plain) != plain:
@@ -227,6 +264,22 @@ def _check_unet(checkpoint: Checkpoint) -> None:
                 f"the UNet of {checkpoint.path} has {option} = {unet[option]!r}, which sdrt does not export",
                 hint=_SUPPORTED,
             )
+
+
+def _check_task(checkpoint: Checkpoint, pipeline: str) -> None:
+    """The UNet's inputs, the pipeline's name and the other components have to tell the same."""
+    task = checkpoint.task
+    if task not in SUPPORTED_PIPELINES[pipeline]:
+        raise CheckpointError(
+            f"{checkpoint.path} is a {pipeline}, but its UNet is one for {task}", hint="download the checkpoint again"
+        )
+    for needed, there, what in (
+        (task == "upscaling", checkpoint.num_class_embeds is not None, "classes"),
+        (task == "upscaling", checkpoint.noise_augmentation is not None, "low_res_scheduler"),
+    ):
+        if needed != there:
+            verb = "lacks" if needed else "has"
+            raise CheckpointError(f"{checkpoint.path}, made for {task}, {verb} {what}", hint=_SUPPORTED)
 
 
 def _component_folder(path: Path, name: str) -> Path:

@@ -12,6 +12,7 @@ from sdrt.export.checkpoint import COMPONENT_CLASSES, Checkpoint
 
 MAX_BATCH = 63  # torch.export specialises a traced batch at 64
 MAX_LATENT_SIDE = 1024
+_MORE_THAN_ANY_SIDE_HAS = 20  # doublings
 
 
 class TextEncoder(nn.Module):
@@ -28,17 +29,29 @@ class TextEncoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """sample [B, C, h, w], timestep float32 [B], encoder_hidden_states [B, L, d] → out_sample [B, C, h, w]."""
+    """sample [B, C + K, h, w], timestep float32 [B], encoder_hidden_states [B, L, d] → out_sample [B, C, h, w].
+
+    class_labels int64 [B], for a UNet that has classes. h and w are any: each upsampling goes to the size of what it is
+    joined with, as diffusers does where they are no multiples of the UNet's grid.
+    """
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.wrapped = unet
+        # diffusers names the sizes where one is no multiple of 2 to this power: always, then.
+        self.wrapped.num_upsamplers = _MORE_THAN_ANY_SIDE_HAS
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The model's prediction; `timestep` may have fractions."""
-        out: torch.Tensor = self.wrapped(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+        out: torch.Tensor = self.wrapped(
+            sample, timestep, encoder_hidden_states, class_labels=class_labels, return_dict=False
+        )[0]
         return out
 
 
@@ -126,15 +139,20 @@ def _text_examples(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[
 def _unet_examples(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
     batch, height, width = shape
     config, generator = checkpoint.configs["unet"], _generator()
-    grid = checkpoint.size_multiple // checkpoint.vae_downsample
-    return {
-        "sample": torch.randn((batch, config["in_channels"], height * grid, width * grid), generator=generator),
+    grid = checkpoint.unet_grid
+    odd = batch - 1  # more than one at a time are off the grid
+    size = (batch, config["in_channels"], height * grid + odd, width * grid + odd)
+    inputs = {
+        "sample": torch.randn(size, generator=generator),
         # Fractions, as Karras sigmas have them, and one lane's timestep differs from the next one's.
         "timestep": torch.linspace(981.37, 1.5, batch),
         "encoder_hidden_states": torch.randn(
             (batch, 77 + 2 * (width - height), config["cross_attention_dim"]), generator=generator
         ),
     }
+    if (classes := checkpoint.num_class_embeds) is not None:
+        inputs["class_labels"] = torch.randint(0, classes, (batch,), generator=generator)
+    return inputs
 
 
 def _latent_examples(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
@@ -155,14 +173,16 @@ def _text_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _unet_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
-    grid = checkpoint.size_multiple // checkpoint.vae_downsample
     batch = Dim("batch", min=1, max=MAX_BATCH)
-    rows, columns = (Dim(name, min=1, max=MAX_LATENT_SIDE // grid) for name in ("rows", "columns"))
-    return {
-        "sample": {0: batch, 2: grid * rows, 3: grid * columns},
+    # Where the coarsest level had a single pixel, torch.export would take it for a size that never changes.
+    least = checkpoint.unet_grid + 1
+    height, width = (Dim(name, min=least, max=MAX_LATENT_SIDE) for name in ("height", "width"))
+    dynamic: dict[str, Any] = {
+        "sample": {0: batch, 2: height, 3: width},
         "timestep": {0: batch},
         "encoder_hidden_states": {0: batch, 1: Dim("sequence", min=2, max=4096)},
     }
+    return dynamic if checkpoint.num_class_embeds is None else dynamic | {"class_labels": {0: batch}}
 
 
 def _latent_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -197,7 +217,7 @@ COMPONENTS: Mapping[str, ComponentSpec] = {
             examples=_unet_examples,
             dynamic=_unet_dynamic,
             traced_with=(2, 2, 3),
-            checked_with=((1, 1, 2), (3, 2, 1)),
+            checked_with=((1, 2, 3), (3, 2, 1)),
         ),
         ComponentSpec(
             name="vae_decoder",

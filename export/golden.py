@@ -1,19 +1,41 @@
 """The reference image: what diffusers draws in float32, for the engines to be held to."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sdrt.bundle import ModelTask
 from sdrt.export.checkpoint import Checkpoint
 from sdrt.exported import GoldenRequest
+from sdrt.golden import golden_fields
 
 PROMPT = "a large red circle left of a small blue star on a white background"
 STEPS = 4
 STEPS_OF_A_LARGE_MODEL = 2
 LARGE_BYTES = 400 * 2**20  # of UNet weights
+_PIPELINES: Mapping[ModelTask, str] = {
+    "text-to-image": "StableDiffusionPipeline",
+    "inpainting": "StableDiffusionInpaintPipeline",
+    "upscaling": "StableDiffusionUpscalePipeline",
+    "depth-to-image": "StableDiffusionDepth2ImgPipeline",
+    "editing": "StableDiffusionInstructPix2PixPipeline",
+}
+_TAKING_SIZES: tuple[ModelTask, ...] = ("text-to-image", "inpainting")  # the others are of their picture's size
+_UNCHECKED: Mapping[str, object] = {"safety_checker": None, "feature_extractor": None}
+_PLAIN: Mapping[str, object] = {**_UNCHECKED, "image_encoder": None, "requires_safety_checker": False}
+# The components that golden images do without.
+_WITHOUT: Mapping[ModelTask, Mapping[str, object]] = {
+    "text-to-image": _PLAIN,
+    "inpainting": _PLAIN,
+    "upscaling": {**_UNCHECKED, "watermarker": None},
+    "depth-to-image": {"depth_estimator": None, "feature_extractor": None},
+    "editing": _PLAIN,
+}
 
 
 def golden_request(checkpoint: Checkpoint, size: tuple[int, int] | None) -> GoldenRequest:
@@ -36,9 +58,9 @@ def reference_name() -> str:
 
 
 def draw_reference(checkpoint: Checkpoint, request: GoldenRequest) -> npt.NDArray[np.uint8]:
-    """The diffusers pipeline's image, uint8 [H, W, 3]."""
+    """The image of the diffusers pipeline that the checkpoint was made for, uint8 [H, W, 3]."""
+    import diffusers
     import torch
-    from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextModel
 
     from sdrt.export.components import load_component
@@ -49,26 +71,27 @@ def draw_reference(checkpoint: Checkpoint, request: GoldenRequest) -> npt.NDArra
         variant=checkpoint.variant["text_encoder"],
         use_safetensors=True,
     )
-    pipeline = StableDiffusionPipeline.from_pretrained(
+    pipeline = getattr(diffusers, _PIPELINES[checkpoint.task]).from_pretrained(
         checkpoint.path,
         unet=load_component(checkpoint, "unet"),
         vae=load_component(checkpoint, "vae"),
         text_encoder=text_encoder.eval(),
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
-        requires_safety_checker=False,
         local_files_only=True,
+        **_WITHOUT[checkpoint.task],
     )
     pipeline.set_progress_bar_config(disable=True)
-    image = pipeline(generator=torch.Generator("cpu").manual_seed(request.seed), **_options(request)).images[0]
-    return np.asarray(image)
+    arguments = {name: value for name, value in asdict(request).items() if name != "seed"}
+    if checkpoint.task not in _TAKING_SIZES:
+        del arguments["height"], arguments["width"]
+    brought: dict[str, Any] = dict(
+        golden_fields(checkpoint.task, request.height, request.width, checkpoint.vae_downsample)
+    )
+    if "depth_map" in brought:
+        brought["depth_map"] = torch.from_numpy(brought["depth_map"])[None]
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    return np.asarray(pipeline(generator=generator, **arguments, **brought).images[0])
 
 
 def save_reference(image: npt.NDArray[np.uint8], path: Path) -> None:
     """Write golden/image.npz."""
     np.savez_compressed(path, image=image)
-
-
-def _options(request: GoldenRequest) -> dict[str, object]:
-    return {name: value for name, value in asdict(request).items() if name != "seed"}

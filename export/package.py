@@ -15,7 +15,7 @@ from sdrt.files import staged_directory, unshare
 from sdrt.progress import Progress, silent
 from sdrt.runners.cpu import available_cores
 
-EXPORTER_VERSION = 2  # raise it when the same checkpoint would give other ONNX files
+EXPORTER_VERSION = 3  # raise it when the same checkpoint would give other ONNX files
 SOURCES = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
 _COPIED = ("tokenizer", "scheduler")
 
@@ -56,7 +56,7 @@ def export_model(
             _place(store, _component_key(checkpoint, name, store), staged, _Exporting(checkpoint, name, cores))
         progress("draw the reference image", len(SOURCES), len(stages))
         _place(store, _image_key(record), staged, _Drawing(checkpoint, request, cores))
-        for folder in _COPIED:
+        for folder in (*_COPIED, *(["low_res_scheduler"] if checkpoint.noise_augmentation is not None else [])):
             shutil.copytree(checkpoint.path / folder, staged / folder)
         shutil.copyfile(checkpoint.path / "model_index.json", staged / "model_index.json")
         if not linked:
@@ -115,7 +115,6 @@ def _component_key(checkpoint: Checkpoint, name: str, store: Store) -> str:
         exporter=EXPORTER_VERSION,
         files=dict(component_hashes(checkpoint, SOURCES[name], store)),
         versions={package: version(package) for package in ("torch", "diffusers", "transformers", "onnxscript")},
-        size_multiple=checkpoint.size_multiple,
     )
 
 

@@ -167,6 +167,11 @@ class ModelRecord:
     scheduler_config: dict[str, Any]  # JSON values, as the checkpoint has them
     noise_augmentation: NoiseAugmentation | None = None
 
+    @property
+    def lanes_per_image(self) -> int:
+        """Most network evaluations of a guided row: with and without the prompt, and of editing without the image."""
+        return 3 if self.task == "editing" else 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoldenRecord:

@@ -24,6 +24,7 @@ from sdrt.errors import CheckpointError
 
 EXPORT_RECORD_NAME = "export.json"
 EXPORT_FORMAT_VERSION = 2
+MAX_NOISE_LEVEL = 350  # of an upscaler whose index does not say, as the reference has it
 # How many channels a UNet takes beside the latents' tells what it was made for.
 TASK_OF_CHANNELS: Mapping[int, ModelTask] = {
     0: "text-to-image",
@@ -36,7 +37,7 @@ TASK_OF_CHANNELS: Mapping[int, ModelTask] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoldenRequest:
-    """The request whose image the reference made."""
+    """The request whose image the reference made; what it brings beside its text is in `sdrt.golden`."""
 
     prompt: str
     seed: int

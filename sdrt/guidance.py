@@ -50,16 +50,21 @@ def guidance_of(request: ResolvedRequest, prompt_embeds: FloatArray, negative_em
     """Classifier-free guidance is uncond + s · (cond - uncond), that is weights 1 - s and s (Ho and Salimans 2022).
 
     Outside the request's interval, and without guidance anywhere, a row owns one lane (Kynkäänniemi et al. 2024);
-    `negative_embeds` is not used by a request without guidance.
+    `negative_embeds` is not used by a request without guidance. Editing has a third lane, which does not see the image
+    (Brooks et al. 2023, eq. 3).
     """
     plain = (Lane(prompt_embeds=prompt_embeds, weight=1.0),)
     if not request.guided:
         return Guidance(inside=plain, outside=plain, interval=range(0))
     if negative_embeds is None:
         raise ValueError("a guided request needs the embedding of its negative prompt")
-    scale = request.guidance_scale
-    guided = (
-        Lane(prompt_embeds=negative_embeds, weight=1.0 - scale),
-        Lane(prompt_embeds=prompt_embeds, weight=scale, rescale_weight=1.0),
-    )
+    scale, image_scale = request.guidance_scale, request.image_guidance_scale
+    positive = Lane(prompt_embeds=prompt_embeds, weight=scale, rescale_weight=1.0)
+    guided: tuple[Lane, ...] = (Lane(prompt_embeds=negative_embeds, weight=1.0 - scale), positive)
+    if image_scale is not None:
+        guided = (
+            positive,
+            Lane(prompt_embeds=negative_embeds, weight=image_scale - scale),
+            Lane(prompt_embeds=negative_embeds, weight=1.0 - image_scale, conditioning=0.0),
+        )
     return Guidance(inside=guided, outside=plain, interval=request.guided_rows, rescale=request.guidance_rescale)

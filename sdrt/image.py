@@ -137,6 +137,40 @@ def as_mask(image: Image.Image) -> Image.Image:
     return _converted(image, _to_grey)
 
 
+def as_depth(image: Image.Image) -> npt.NDArray[np.float32]:
+    """A grey image's samples as they are, 8 or 16 bits, upright: float32 [H, W]; of a coloured one, its brightness.
+
+    RequestError as `as_rgb` does.
+    """
+    _check_size(image.size, "the depth map")
+    deep = image.mode.startswith(("I", "F"))
+    upright = _upright(image if deep else _to_grey(image), image.getexif().get(EXIF_ORIENTATION, 1))
+    return np.asarray(upright, np.float32)
+
+
+def open_depth(path: Path) -> npt.NDArray[np.float32]:
+    """Read a depth map: a .npy file of numbers, or a grey PNG of 8 or 16 bits; float32 as they are.
+
+    Raises RequestError for another format, damage, and what is too large.
+    """
+    if path.suffix.lower() == ".npy":
+        try:
+            # Mapped, so that a header that promises more than the file holds is refused instead of allocated.
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
+            return np.array(values, np.float32)
+        except (OSError, EOFError, SyntaxError, TypeError, ValueError, OverflowError) as error:
+            raise RequestError(f"{path} holds no depth map: {error}", hint="write it with numpy.save") from error
+    head = _read_head(path)
+    kind = _format_of(head, path)
+    try:
+        with path.open("rb") as file, kind(file) as image:
+            _check_size(image.size, path)
+            image.load()
+            return as_depth(image)
+    except DAMAGE as error:
+        raise RequestError(f"{path} is damaged or cut off: {error}", hint="save the depth map again") from error
+
+
 def _converted(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     _check_size(image.size, "the image")
     if getattr(image, "n_frames", 1) > 1:

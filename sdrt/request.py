@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from sdrt.noise import GeneratorName
@@ -26,6 +28,10 @@ class Request:
     so many pixels around it are worked on, in the size that height and width say, and put back into the image.
     outpaint: by how many pixels `image` is to grow on which sides: {"left": 128, "bottom": 64}. fill: what is there
     before, "edge" (the border's pixels), "noise" or a colour.
+    noise_level: of upscaling, how noisy the small `image` is made first, 20 unless given: more forgives its faults.
+    depth_map: of depth-to-image, how near each place is, as an image, 8 or 16 bits, or an array [H, W]: larger is
+    nearer. Without an `image` it begins with noise.
+    image_guidance_scale: of editing, how close to `image` the result stays, 1.5 unless given.
     windowed: sizes above those of the bundle are worked on in overlapping windows, which are one at every step
     (MultiDiffusion, Bar-Tal et al. 2023, arXiv:2302.08113). Outpainting does so unasked.
     variation_seed, variation_strength: how far, 0 to 1, each image's noise goes towards that of another seed; image i
@@ -61,6 +67,9 @@ class Request:
     preserve: bool | None = None
     outpaint: Mapping[str, int] | None = None
     fill: str | None = None
+    noise_level: int | None = None
+    depth_map: Image.Image | npt.NDArray[np.generic] | None = None
+    image_guidance_scale: float | None = None
     windowed: bool = False
     variation_seed: int | None = None
     variation_strength: float = 0.0

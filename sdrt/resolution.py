@@ -18,6 +18,7 @@ from sdrt.request import Request
 from sdrt.sizes import describe_sizes, fits_windows, nearest_size
 from sdrt.tasks import read_task
 from sdrt.tasks.base import Task
+from sdrt.tasks.editing import Editing
 
 MAX_IMAGES = 64
 MAX_STEPS = 1000
@@ -29,7 +30,8 @@ MAX_PROMPT_CHARACTERS = 100_000
 class ResolvedRequest:
     """A request that was checked against a bundle, with every default filled in, and its sampling plan.
 
-    seeds, variations: those of each image. windowed: larger than the engines take at once.
+    seeds, variations: those of each image. image_guidance_scale: of editing.
+    windowed: larger than the engines take at once.
     """
 
     prompt: str
@@ -49,6 +51,7 @@ class ResolvedRequest:
     sigmas: tuple[float, ...] | None
     plan: SamplingPlan
     task: Task
+    image_guidance_scale: float | None
     windowed: bool
     variations: tuple[Variation | None, ...]
 
@@ -121,6 +124,7 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
         sigmas=sigmas,
         plan=plan,
         task=task,
+        image_guidance_scale=task.image_guidance_scale if isinstance(task, Editing) else None,
         windowed=windowed,
     )
     if resolved.guided and not resolved.guided_rows:

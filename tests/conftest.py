@@ -11,10 +11,21 @@ CAPTIONS = (
 )
 
 
-def make_tiny_checkpoint(folder: Path, *, seed: int = 0, prediction_type: str = "epsilon") -> Path:
-    """A random Stable Diffusion 1.x checkpoint of a few hundred kilobytes, as a diffusers folder."""
+def make_tiny_checkpoint(
+    folder: Path,
+    *,
+    seed: int = 0,
+    prediction_type: str = "epsilon",
+    pipeline_class: str = "StableDiffusionPipeline",
+    conditioning_channels: int = 0,
+) -> Path:
+    """A random checkpoint of Stable Diffusion's layout of a few hundred kilobytes, as a diffusers folder.
+
+    An upscaler has a VAE of factor 4 and classes.
+    """
+    import diffusers
     import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
@@ -33,8 +44,12 @@ def make_tiny_checkpoint(folder: Path, *, seed: int = 0, prediction_type: str = 
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    upscaling = pipeline_class == "StableDiffusionUpscalePipeline"
     unet = UNet2DConditionModel(
         sample_size=8,
+        in_channels=4 + conditioning_channels,
+        out_channels=4,
+        num_class_embeds=400 if upscaling else None,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(16, 32),
@@ -43,10 +58,11 @@ def make_tiny_checkpoint(folder: Path, *, seed: int = 0, prediction_type: str = 
         attention_head_dim=4,
         norm_num_groups=8,
     )
+    widths = (8, 8, 16) if upscaling else (8, 8, 16, 16)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
         layers_per_block=1,
         norm_num_groups=4,
         sample_size=64,
@@ -61,15 +77,19 @@ def make_tiny_checkpoint(folder: Path, *, seed: int = 0, prediction_type: str = 
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    pipeline = StableDiffusionPipeline(
+    absent = {"depth_estimator": None} if "Depth" in pipeline_class else {"safety_checker": None}
+    if upscaling:
+        absent["low_res_scheduler"] = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    elif "Depth" not in pipeline_class:
+        absent["requires_safety_checker"] = False
+    pipeline = getattr(diffusers, pipeline_class)(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
-        safety_checker=None,
         feature_extractor=None,
-        requires_safety_checker=False,
+        **absent,
     )
     pipeline.save_pretrained(folder)
     return folder

@@ -12,6 +12,8 @@ from sdrt.bundle import (
     GoldenRecord,
     Manifest,
     ModelRecord,
+    ModelTask,
+    NoiseAugmentation,
     ParityRecord,
     ShapeProfile,
 )
@@ -29,7 +31,12 @@ SCHEDULER_CONFIG = {
 WORDS = ("red", "blue", "circle", "poison")
 
 
-def make_manifest(*, max_batch: int = 8, sizes: tuple[tuple[int, int], ...] = ()) -> Manifest:
+CHANNELS = {"text-to-image": 0, "inpainting": 5, "upscaling": 3, "depth-to-image": 1, "editing": 4}
+
+
+def make_manifest(
+    *, max_batch: int = 8, sizes: tuple[tuple[int, int], ...] = (), task: ModelTask = "text-to-image"
+) -> Manifest:
     parity = ParityRecord(metric="max_relative", measured=0.0, bound=1e-3)
     file = FileRecord(path="golden/image.npz", sha256="0" * 64, size_bytes=0)
     return Manifest(
@@ -38,10 +45,10 @@ def make_manifest(*, max_batch: int = 8, sizes: tuple[tuple[int, int], ...] = ()
         model=ModelRecord(
             name="fake",
             identity="f" * 64,
-            task="text-to-image",
+            task=task,
             latent_channels=4,
-            conditioning_channels=0,
-            vae_downsample=8,
+            conditioning_channels=CHANNELS[task],
+            vae_downsample=4 if task == "upscaling" else 8,
             size_multiple=16,
             vae_scaling_factor=1.0,
             prompt_embeds_dim=8,
@@ -50,6 +57,9 @@ def make_manifest(*, max_batch: int = 8, sizes: tuple[tuple[int, int], ...] = ()
             default_width=64,
             scheduler_class="PNDMScheduler",
             scheduler_config=dict(SCHEDULER_CONFIG),
+            noise_augmentation=NoiseAugmentation(scheduler_config=dict(SCHEDULER_CONFIG), max_noise_level=350)
+            if task == "upscaling"
+            else None,
         ),
         backend=BackendRecord(name="openvino", version="0", device="cpu", features=()),
         precision="fp32",

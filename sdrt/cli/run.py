@@ -10,11 +10,14 @@ import typer
 
 from sdrt.cli.options import AsJson, BundleFolder, Force, OnProvider, Threads, check_outputs, chosen_size, numbered
 from sdrt.cli.task_options import (
+    DepthFile,
     Fill,
     FromPicture,
+    ImageGuidanceScale,
     MaskBlur,
     MaskFile,
     MaskMode,
+    NoiseLevel,
     Outpaint,
     PaddingMaskCrop,
     Preserve,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from sdrt.pipeline import Result
     from sdrt.progress import Progress
     from sdrt.request import Request
+    from sdrt.runners.base import FloatArray
 
 REQUEST_FIELDS = (
     "prompt",
@@ -58,12 +62,14 @@ REQUEST_FIELDS = (
     "outpaint",
     "fill",
     "windowed",
+    "noise_level",
+    "image_guidance_scale",
     "variation_seed",
     "variation_strength",
 )
 
 # Fields that are pictures: options name their files, and an image remembers their hashes alone.
-PICTURE_FIELDS = ("image", "mask_image")
+PICTURE_OPTIONS = {"image": "--image", "mask_image": "--mask", "depth_map": "--depth"}
 
 # What an option says anew of a remembered image: the others of its kind no longer hold.
 _STEPS = ("num_inference_steps", "timesteps", "sigmas")
@@ -124,6 +130,9 @@ def run(
     outpaint: Outpaint = None,
     fill: Fill = None,
     windowed: Windowed = None,
+    depth: DepthFile = None,
+    noise_level: NoiseLevel = None,
+    image_guidance_scale: ImageGuidanceScale = None,
     guidance_rescale: Annotated[
         float | None,
         typer.Option(
@@ -242,6 +251,9 @@ def run(
         "outpaint": None if outpaint is None else _margins(outpaint),
         "fill": fill,
         "windowed": windowed,
+        "depth_map": depth,
+        "noise_level": noise_level,
+        "image_guidance_scale": image_guidance_scale,
         "generator": generator,
         "num_images_per_prompt": images,
     }
@@ -308,7 +320,7 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
     Raises RequestError, BundleError.
     """
     from sdrt.bundle import Bundle
-    from sdrt.image import open_image, open_mask
+    from sdrt.image import open_depth, open_image, open_mask
     from sdrt.request import Request
     from sdrt.resolution import OWN_PLAN, resolve_request
 
@@ -334,26 +346,28 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
         fields["scheduler"] = None
     if not isinstance(fields.get("scheduler"), str | None):
         raise RequestError(f"the scheduler is {fields['scheduler']!r}, not a name", hint="give one with --scheduler")
-    for field in PICTURE_FIELDS:
+    openers = {"image": open_image, "mask_image": open_mask, "depth_map": open_depth}
+    for field, opener in openers.items():
         if field in fields:
-            fields[field] = (open_mask if field == "mask_image" else open_image)(fields[field])
+            fields[field] = opener(fields[field])
         _check_same_picture(remembered, field, fields.get(field))
     request = Request(**fields)
     resolved = resolve_request(request, bundle.manifest)
     return replace(request, seed=resolved.seeds, num_images_per_prompt=None), len(resolved.seeds), bundle
 
 
-def _check_same_picture(remembered: dict[str, Any], field: str, picture: "Image | None") -> None:
+def _check_same_picture(remembered: dict[str, Any], field: str, picture: "Image | FloatArray | None") -> None:
     """An image that was made of others needs them to be drawn again: it does not hold them."""
-    from sdrt.tasks.pictures import pixels_sha256
+    import numpy as np
 
-    wanted = remembered.get(f"{field}_sha256")
+    from sdrt.tasks.pictures import pixels_sha256, values_sha256
+
+    wanted, option = remembered.get(f"{field}_sha256"), PICTURE_OPTIONS[field]
     if wanted is None:
         return
-    option = f"--{field.removesuffix('_image')}"
     if picture is None:
         raise RequestError(f"the image was made with a {field} that it does not hold", hint=f"name it with {option}")
-    if pixels_sha256(picture) != wanted:
+    if (values_sha256(picture) if isinstance(picture, np.ndarray) else pixels_sha256(picture)) != wanted:
         print_warning(f"{option} is not the picture of the time before, so the result will differ")
 
 

@@ -66,6 +66,31 @@ Fill = Annotated[
         show_default=False,
     ),
 ]
+DepthFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--depth",
+        metavar="FILE",
+        help="For depth-to-image bundles: how near each place is, .npy or a grey PNG of 8 or 16 bits.",
+        show_default=False,
+    ),
+]
+NoiseLevel = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="For upscaler bundles: how noisy the small image is made first. Default: 20.",
+        show_default=False,
+    ),
+]
+ImageGuidanceScale = Annotated[
+    float | None,
+    typer.Option(
+        metavar="S",
+        help="For editing bundles: how close to the image to stay. Default: 1.5.",
+        show_default=False,
+    ),
+]
 Windowed = Annotated[
     bool | None,
     typer.Option(

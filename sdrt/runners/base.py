@@ -19,7 +19,6 @@ STEP = "step"
 VAE_DECODER = "vae_decoder"
 VAE_ENCODER = "vae_encoder"
 VAE_DECODER_FLOAT32 = "vae_decoder_float32"  # of FP16 bundles: what decodes again when the other one overflows
-LANES_PER_IMAGE = 2  # with and without the prompt: classifier-free guidance
 
 
 class Runner(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 
 from sdrt.bundle import Bundle
 from sdrt.errors import BackendError
-from sdrt.runners.base import LANES_PER_IMAGE, STEP, TEXT_ENCODER, VAE_DECODER, Array, FloatArray
+from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, Array, FloatArray
 from sdrt.runners.cuda import CudaDriver
 from sdrt.runners.device_engines import Border, Counters, DeviceEngines, Prepared
 from sdrt.runners.device_steps import DeviceSteps
@@ -68,10 +68,10 @@ class TensorRtRunner:
 
         So every batch has as many requests as the bundle allows, and at most an eighth more lanes than it needs.
         """
-        most = self._bundle.manifest.profile.max_batch
+        most, per_image = self._bundle.manifest.profile.max_batch, self._bundle.manifest.model.lanes_per_image
         grain = 1 << max((lanes - 1).bit_length() - 3, 0)  # 1 up to 8 lanes, 2 up to 16, 4 up to 32
         padded = -(-lanes // grain) * grain
-        return max(requests, most), max(lanes, min(padded, LANES_PER_IMAGE * most))
+        return max(requests, most), max(lanes, min(padded, per_image * most))
 
     def open_steps(self, inputs: Mapping[str, Array], rows: Mapping[str, Array]) -> DeviceSteps:
         """See `SteppingRunner.open_steps`."""

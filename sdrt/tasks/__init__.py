@@ -7,10 +7,13 @@ from sdrt.bundle import ModelRecord, ModelTask
 from sdrt.errors import RequestError
 from sdrt.request import Request
 from sdrt.tasks.base import Task, TaskName
+from sdrt.tasks.depth_to_image import read_depth_to_image
+from sdrt.tasks.editing import read_editing
 from sdrt.tasks.image_to_image import read_image_to_image
 from sdrt.tasks.inpainting import read_inpainting
 from sdrt.tasks.outpainting import read_outpainting
 from sdrt.tasks.text_to_image import read_text_to_image
+from sdrt.tasks.upscaling import read_upscaling
 
 __all__ = ["KINDS", "TaskKind", "possible_tasks", "read_task"]
 
@@ -52,6 +55,27 @@ KINDS: tuple[TaskKind, ...] = (
         needs=("image",),
         takes=("strength",),
         read=read_image_to_image,
+    ),
+    TaskKind(
+        name="depth-to-image",
+        models=("depth-to-image",),
+        needs=("depth_map",),
+        takes=("image", "strength"),
+        read=read_depth_to_image,
+    ),
+    TaskKind(
+        name="upscaling",
+        models=("upscaling",),
+        needs=("image",),
+        takes=("noise_level",),
+        read=read_upscaling,
+    ),
+    TaskKind(
+        name="editing",
+        models=("editing",),
+        needs=("image",),
+        takes=("image_guidance_scale",),
+        read=read_editing,
     ),
     TaskKind(name="text-to-image", models=("text-to-image",), needs=(), takes=(), read=read_text_to_image),
 )

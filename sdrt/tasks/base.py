@@ -13,7 +13,9 @@ from sdrt.plan import SamplingPlan
 from sdrt.runners.base import FloatArray
 from sdrt.vae import Posterior
 
-TaskName = Literal["text-to-image", "image-to-image", "inpainting", "outpainting"]
+TaskName = Literal[
+    "text-to-image", "image-to-image", "inpainting", "outpainting", "upscaling", "depth-to-image", "editing"
+]
 Encode = Callable[[FloatArray], Posterior]
 Vary = Callable[[FloatArray], FloatArray]
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from sdrt.errors import RequestError
-from sdrt.image import as_mask, as_rgb, from_pixels
+from sdrt.image import LARGEST_PIXELS, as_depth, as_mask, as_rgb, from_pixels
 from sdrt.runners.base import FloatArray
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -23,6 +23,22 @@ def check_picture(name: str, value: object) -> Image.Image:
 def check_mask(name: str, value: object) -> Image.Image:
     """A mask as upright grey, what is transparent being black. Raises RequestError as `check_picture` does."""
     return as_mask(_check_image(name, value))
+
+
+def check_depth(name: str, value: object) -> FloatArray:
+    """A depth map, an image or an array, as float32 [H, W]. Raises RequestError for other shapes, NaN and infinity."""
+    values = as_depth(value) if isinstance(value, Image.Image) else np.asarray(value)
+    if values.ndim != 2 or values.size == 0 or values.dtype.kind not in "fiu":
+        raise RequestError(
+            f"{name} is {type(value).__name__} of {values.dtype} {list(values.shape)}",
+            hint="give numbers [height, width], or a grey image of 8 or 16 bits",
+        )
+    if values.size > LARGEST_PIXELS:
+        raise RequestError(f"{name} has {values.size} values", hint=f"give at most {LARGEST_PIXELS}")
+    depth = values.astype(np.float32)
+    if not np.isfinite(depth).all():
+        raise RequestError(f"{name} holds values that are NaN or infinite", hint="fill the gaps in: 0 is far away")
+    return depth
 
 
 def _check_image(name: str, value: object) -> Image.Image:
@@ -46,6 +62,11 @@ def to_sample(image: Image.Image) -> FloatArray:
 def pixels_sha256(image: Image.Image) -> str:
     """The hash of an image's size and pixels."""
     return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()
+
+
+def values_sha256(values: FloatArray) -> str:
+    """The hash of an array's shape and values."""
+    return hashlib.sha256(f"{values.shape}:".encode() + values.tobytes()).hexdigest()
 
 
 def binarised(mask: Image.Image) -> Image.Image:

@@ -1,0 +1,121 @@
+"""Depth-to-image: a network that sees how near each place is draws what is there (Rombach et al. 2022, layout of 2.0).
+
+The depth is one more channel, brought to the latents' size and to [-1, 1] image by image.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import numpy as np
+from PIL import Image
+
+from sdrt.bundle import JsonValue, ModelRecord
+from sdrt.checks import shown
+from sdrt.conditions import Start
+from sdrt.errors import RequestError
+from sdrt.plan import SamplingPlan
+from sdrt.request import Request
+from sdrt.runners.base import FloatArray
+from sdrt.tasks import pictures
+from sdrt.tasks.base import Preparation, TaskName
+from sdrt.tasks.image_to_image import check_noised, check_strength, first_step_of, with_noise
+from sdrt.tasks.resampling import bicubic
+
+DEFAULT_STRENGTH = 0.8
+_SHAPE_TOLERANCE = 0.02  # between the shapes of image and depth: estimators round sizes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DepthToImage:
+    """See `Task`. depth: float32 [H, W], larger is nearer. image: RGB, or None to begin with noise.
+
+    strength: the share of the steps that run; 1 without an image. image_sha256, depth_sha256: as given.
+    """
+
+    name: ClassVar[TaskName] = "depth-to-image"
+    windowed: ClassVar[bool] = False
+    depth: FloatArray
+    depth_sha256: str
+    image: Image.Image | None
+    image_sha256: str | None
+    strength: float
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """That of the image; without one, whatever the request says."""
+        return None if self.image is None else (self.image.height, self.image.width)
+
+    def resized(self, height: int, width: int) -> Self:
+        """With the image in this size. The depth is brought to that of the latents later, from what was given."""
+        _check_shape(self.depth, height, width)
+        return self if self.image is None else replace(self, image=pictures.resize(self.image, height, width))
+
+    def check_plan(self, plan: SamplingPlan) -> None:
+        """RequestError for a plan without `noised`, where an image has to enter it."""
+        if self.image is not None:
+            check_noised(plan)
+
+    def first_step(self, num_inference_steps: int) -> int:
+        """The steps before those that `strength` lets run."""
+        return first_step_of(self.strength, num_inference_steps)
+
+    def start(self, preparation: Preparation) -> Start:
+        """The image's latents with noise, or noise alone; both drawn as in the reference."""
+        plan, generator, shape = preparation.plan, preparation.generator, (1, *preparation.shape)
+        conditioning = normalised(bicubic(self.depth, *preparation.shape[1:]))[None]
+        if self.image is None:
+            noise = preparation.vary(generator.randn(shape))
+            return Start(latents=noise[0] * np.float32(plan.initial_scale), conditioning=conditioning)
+        known = preparation.encode(pictures.to_sample(self.image)).sample(generator.randn(shape))
+        noise = preparation.vary(generator.randn(shape))
+        return Start(latents=with_noise(plan, known, noise)[0], conditioning=conditioning)
+
+    def finish(self, image: Image.Image) -> Image.Image:
+        """The image is the result."""
+        return image
+
+    def warnings(self) -> tuple[str, ...]:
+        """A depth that says nothing."""
+        flat = self.depth.min() == self.depth.max()
+        return ("the depth map is the same everywhere: all of it counts as far",) if flat else ()
+
+    def parameters(self) -> Mapping[str, JsonValue]:
+        """The strength, and by which values depth and image can be known again."""
+        image = {} if self.image is None else {"strength": self.strength, "image_sha256": self.image_sha256}
+        return {"depth_map_sha256": self.depth_sha256, **image}
+
+
+def read_depth_to_image(request: Request, model: ModelRecord) -> DepthToImage:
+    """The task of a request with a depth map. Raises RequestError."""
+    depth = pictures.check_depth("depth_map", request.depth_map)
+    image = None if request.image is None else pictures.check_picture("image", request.image)
+    if image is None and request.strength is not None:
+        raise RequestError(
+            f"strength is {shown(request.strength)}, but there is no image", hint="give an image, or leave strength out"
+        )
+    return DepthToImage(
+        depth=depth,
+        depth_sha256=pictures.values_sha256(depth),
+        image=image,
+        image_sha256=None if image is None else pictures.pixels_sha256(image),
+        strength=1.0 if image is None else check_strength(request.strength, DEFAULT_STRENGTH),
+    )
+
+
+def normalised(depth: FloatArray) -> FloatArray:
+    """Values from -1, the farthest, to 1, the nearest: float32, shaped like `depth`. Equal ones are all -1."""
+    low, high = depth.min(), depth.max()
+    if low == high:
+        return np.full_like(depth, -1)
+    unit: FloatArray = np.float32(2) * (depth - low) / (high - low) - np.float32(1)
+    return unit
+
+
+def _check_shape(depth: FloatArray, height: int, width: int) -> None:
+    tall, wide = depth.shape
+    if abs(np.log((wide / tall) / (width / height))) > _SHAPE_TOLERANCE:
+        raise RequestError(
+            f"the depth map has {wide}x{tall} values for an image of {width}x{height}",
+            hint="give both in one shape: the depth map may be larger or smaller, not wider or narrower",
+        )

@@ -1,0 +1,78 @@
+"""Editing by instruction (InstructPix2Pix, Brooks et al. 2023, arXiv:2211.09800): a network sees the image to edit.
+
+Guidance has two scales (eq. 3): away from no image, and away from no instruction; so a guided row has three lanes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import numpy as np
+from PIL import Image
+
+from sdrt.bundle import JsonValue, ModelRecord
+from sdrt.checks import check_finite
+from sdrt.conditions import Start
+from sdrt.errors import RequestError
+from sdrt.plan import SamplingPlan
+from sdrt.request import Request
+from sdrt.tasks import pictures
+from sdrt.tasks.base import Preparation, TaskName
+
+DEFAULT_IMAGE_GUIDANCE_SCALE = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Editing:
+    """See `Task`. image: RGB, of the request's size. image_sha256: of the image as it was given."""
+
+    name: ClassVar[TaskName] = "editing"
+    windowed: ClassVar[bool] = False
+    image: Image.Image
+    image_sha256: str
+    image_guidance_scale: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """That of the image."""
+        return self.image.height, self.image.width
+
+    def resized(self, height: int, width: int) -> Self:
+        """With the image resized as the reference resizes it, unless it has this size."""
+        return replace(self, image=pictures.resize(self.image, height, width))
+
+    def check_plan(self, plan: SamplingPlan) -> None:
+        """Any plan begins with noise."""
+
+    def first_step(self, num_inference_steps: int) -> int:
+        """None is left out."""
+        return 0
+
+    def start(self, preparation: Preparation) -> Start:
+        """Noise, with the image's likeliest latents as conditioning, which are not scaled: so it was trained."""
+        conditioning = preparation.encode(pictures.to_sample(self.image)).mean[0]
+        noise = preparation.vary(preparation.generator.randn((1, *preparation.shape)))
+        return Start(latents=noise[0] * np.float32(preparation.plan.initial_scale), conditioning=conditioning)
+
+    def finish(self, image: Image.Image) -> Image.Image:
+        """The image is the result."""
+        return image
+
+    def warnings(self) -> tuple[str, ...]:
+        """Nothing is odd."""
+        return ()
+
+    def parameters(self) -> Mapping[str, JsonValue]:
+        """The scale, and by which pixels the image can be known again."""
+        return {"image_guidance_scale": self.image_guidance_scale, "image_sha256": self.image_sha256}
+
+
+def read_editing(request: Request, model: ModelRecord) -> Editing:
+    """The task of a request with an image to edit. Raises RequestError."""
+    image = pictures.check_picture("image", request.image)
+    scale = DEFAULT_IMAGE_GUIDANCE_SCALE
+    if request.image_guidance_scale is not None:
+        scale = check_finite("image_guidance_scale", request.image_guidance_scale)
+    if scale < 1:
+        raise RequestError(f"image_guidance_scale is {scale:g}", hint="give 1 (far from the image) or more")
+    return Editing(image=image, image_sha256=pictures.pixels_sha256(image), image_guidance_scale=scale)

@@ -1,0 +1,112 @@
+"""Super-resolution: a network that sees a small image at every step draws it four times as large.
+
+The layout of Stable Diffusion's x4 upscaler: latents of the small image's size, the small image with some noise as more
+channels, and the level of that noise as a class (Ho et al. 2022, arXiv:2106.15282, conditioning augmentation).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import numpy as np
+from PIL import Image
+
+from sdrt.bundle import JsonValue, ModelRecord, NoiseAugmentation
+from sdrt.checks import check_whole
+from sdrt.conditions import Start
+from sdrt.errors import RequestError
+from sdrt.plan import SamplingPlan
+from sdrt.request import Request
+from sdrt.schedule import NoiseSchedule
+from sdrt.tasks import pictures
+from sdrt.tasks.base import Preparation, TaskName
+
+DEFAULT_NOISE_LEVEL = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Upscaling:
+    """See `Task`.
+
+    image: the small image, RGB; factor: how many times as large the result is on each side. noise_weights: (a, b) with
+    which a · image + b · noise is what the network sees. image_sha256: of the image as it was given.
+    """
+
+    name: ClassVar[TaskName] = "upscaling"
+    windowed: ClassVar[bool] = True
+    image: Image.Image
+    image_sha256: str
+    factor: int
+    noise_level: int
+    noise_weights: tuple[float, float]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """That of the result."""
+        return self.image.height * self.factor, self.image.width * self.factor
+
+    def resized(self, height: int, width: int) -> Self:
+        """With the small image resized for a result of this size."""
+        if height % self.factor or width % self.factor:
+            raise RequestError(
+                f"{width}x{height} is not {self.factor} times a size", hint=f"give multiples of {self.factor}"
+            )
+        small = pictures.resize(self.image, height // self.factor, width // self.factor)
+        return replace(self, image=small)
+
+    def check_plan(self, plan: SamplingPlan) -> None:
+        """Any plan begins with noise."""
+
+    def first_step(self, num_inference_steps: int) -> int:
+        """None is left out."""
+        return 0
+
+    def start(self, preparation: Preparation) -> Start:
+        """Noise, with the small image as conditioning, made noisy with the generator's first numbers, as the reference.
+
+        Its pixels are the latents' neighbours, one for one.
+        """
+        sample = pictures.to_sample(self.image)
+        on_image, on_noise = (np.float32(value) for value in self.noise_weights)
+        noisy = on_image * sample + on_noise * preparation.generator.randn(sample.shape)
+        noise = preparation.vary(preparation.generator.randn((1, *preparation.shape)))
+        return Start(
+            latents=noise[0] * np.float32(preparation.plan.initial_scale),
+            conditioning=noisy[0],
+            class_label=self.noise_level,
+        )
+
+    def finish(self, image: Image.Image) -> Image.Image:
+        """The image is the result."""
+        return image
+
+    def warnings(self) -> tuple[str, ...]:
+        """Nothing is odd."""
+        return ()
+
+    def parameters(self) -> Mapping[str, JsonValue]:
+        """The noise level, and by which pixels the image can be known again."""
+        return {"noise_level": self.noise_level, "image_sha256": self.image_sha256}
+
+
+def read_upscaling(request: Request, model: ModelRecord) -> Upscaling:
+    """The task of a request with a small image. Raises RequestError."""
+    augmentation = model.noise_augmentation
+    if augmentation is None:
+        raise RequestError("this bundle does not say how noisy its small images are", hint="build it again: sdrt build")
+    image = pictures.check_picture("image", request.image)
+    level = DEFAULT_NOISE_LEVEL if request.noise_level is None else request.noise_level
+    level = check_whole("noise_level", level, 0, augmentation.max_noise_level)
+    return Upscaling(
+        image=image,
+        image_sha256=pictures.pixels_sha256(image),
+        factor=model.vae_downsample,
+        noise_level=level,
+        noise_weights=_noise_weights(augmentation, level),
+    )
+
+
+def _noise_weights(augmentation: NoiseAugmentation, level: int) -> tuple[float, float]:
+    """√ᾱ of the image and √(1 - ᾱ) of noise at this timestep of the small image's own schedule."""
+    alpha_bar = NoiseSchedule.from_config(augmentation.scheduler_config).alphas_cumprod[level]
+    return float(np.sqrt(alpha_bar)), float(np.sqrt(1 - alpha_bar))
