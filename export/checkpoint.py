@@ -274,7 +274,7 @@ def _check_task(checkpoint: Checkpoint, pipeline: str) -> None:
             f"{checkpoint.path} is a {pipeline}, but its UNet is one for {task}", hint="download the checkpoint again"
         )
     for needed, there, what in (
-        (task == "upscaling", checkpoint.num_class_embeds is not None, "classes"),
+        (task == "upscaling", checkpoint.num_class_embeds is not None, "num_class_embeds"),
         (task == "upscaling", checkpoint.noise_augmentation is not None, "low_res_scheduler"),
     ):
         if needed != there:

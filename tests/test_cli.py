@@ -134,7 +134,7 @@ def test_another_image_to_begin_with_is_told(picture, tiny_bundle, tmp_path, cap
     first = tmp_path / "first.png"
     drawn(capsys, "run", tiny_bundle, "x", "--image", picture, "--steps", 2, "--out", first)
     assert sdrt("run", tiny_bundle, "--from-image", first, "--image", first, "--out", tmp_path / "b.png") == 0
-    assert "not the one of the time before" in capsys.readouterr().err
+    assert "not the picture of the time before" in capsys.readouterr().err
 
 
 def test_a_variation_is_remembered(tiny_bundle, tmp_path, capsys):
@@ -203,7 +203,7 @@ def test_inspect_tells_a_bundle_from_a_model(tiny_bundle, tiny_checkpoint, tiny_
     bundle = drawn(capsys, "inspect", tiny_bundle)
     assert (bundle["kind"], bundle["manifest"]["precision"]) == ("bundle", "fp32")
     model = drawn(capsys, "inspect", tiny_checkpoint)
-    assert (model["kind"], model["size_multiple"], model["scheduler"]) == ("diffusers", 16, "PNDMScheduler")
+    assert (model["kind"], model["size_multiple"], model["scheduler"]) == ("diffusers", 8, "PNDMScheduler")
     assert drawn(capsys, "inspect", tiny_export)["kind"] == "onnx"
 
 

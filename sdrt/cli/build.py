@@ -246,9 +246,13 @@ def check_diffusers_folder(folder: Path, sizes: Sequence[Size]) -> None:
 
 
 def size_multiple(folder: Path) -> int | None:
-    """The pixel grid of a model folder; None where its configs do not tell (the stages then refuse it)."""
+    """The pixel grid of a model folder; None where its configs do not tell (the stages then refuse it).
+
+    It is the VAE's, and the UNet's too where another exporter traced it.
+    """
     multiple = 1
-    for component in ("unet", "vae_decoder" if is_onnx_folder(folder) else "vae"):
+    foreign = is_onnx_folder(folder) and not (folder / "export.json").exists()
+    for component in ("vae_decoder" if is_onnx_folder(folder) else "vae", *(["unet"] if foreign else [])):
         try:
             config = json.loads((folder / component / "config.json").read_bytes())
             levels = len(config["block_out_channels"])

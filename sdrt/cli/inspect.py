@@ -41,6 +41,7 @@ def inspect(
 
     from sdrt.bundle import Bundle
     from sdrt.runners import read_engine_layers
+    from sdrt.tasks import possible_tasks
 
     folder = Path(path)
     if path == EMBEDDED or (folder / "model_index.json").is_file() or is_onnx_folder(folder):
@@ -56,6 +57,7 @@ def inspect(
         "path": path,
         "size_bytes": bundle_bytes(bundle),
         "manifest": manifest,
+        "tasks": [*possible_tasks(bundle.manifest.model)],
     }
     lines = _bundle_lines(bundle)
     if layers:
@@ -67,12 +69,14 @@ def inspect(
 
 def _bundle_lines(bundle: "Bundle") -> "list[Text | str]":
     from sdrt.sizes import describe_sizes
+    from sdrt.tasks import possible_tasks
 
     manifest = bundle.manifest
     model, backend, golden = manifest.model, manifest.backend, manifest.golden
     features = f" with {', '.join(backend.features)}" if backend.features else ""
     rows = [
         ("model", f"{model.name}, {model.task}, {model.identity[:12]}"),
+        ("tasks", ", ".join(possible_tasks(model))),
         ("backend", f"{backend.name} {backend.version.split('-')[0]} on {backend.device}{features}"),
         ("precision", manifest.precision),
         ("images", f"{describe_sizes(manifest.profile)}; up to {manifest.profile.max_batch} at a time"),

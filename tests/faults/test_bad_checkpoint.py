@@ -77,7 +77,7 @@ def test_pickled_weights_are_not_loaded(checkpoint):
     ("pipeline", "kind"),
     [
         ("StableDiffusionXLPipeline", "Stable Diffusion XL"),
-        ("StableDiffusionInpaintPipeline", "inpainting"),
+        ("StableDiffusionUpscalePipeline", "its UNet is one for text-to-image"),
         ("FluxPipeline", "Flux"),
         ("AnotherPipeline", "AnotherPipeline"),
     ],
@@ -88,7 +88,7 @@ def test_another_architecture_is_named(checkpoint, pipeline, kind):
 
 
 @pytest.mark.parametrize(
-    ("channels", "kind"), [(9, "inpainting"), (7, "upscaler"), (5, "depth-to-image"), (6, "6 channels")]
+    ("channels", "kind"), [(9, "inpainting"), (7, "upscaling"), (5, "depth-to-image"), (6, "takes 2 channels")]
 )
 def test_a_unet_with_other_channels_is_named_by_its_task(checkpoint, channels, kind):
     edit(checkpoint / "unet" / "config.json", in_channels=channels)

@@ -155,7 +155,7 @@ def test_the_diffusers_name_of_the_number_of_images_is_an_alias(tiny_bundle, tmp
 
 def test_an_onnx_folder_tells_its_pixel_grid(tiny_export, capsys):
     assert run_command(["inspect", str(tiny_export), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["size_multiple"] == 16
+    assert json.loads(capsys.readouterr().out)["size_multiple"] == 8
 
 
 # the doctor

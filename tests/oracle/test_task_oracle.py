@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 import sdrt
 from sdrt.models.shapes.scenes import held_out_captions
@@ -27,13 +28,12 @@ def source(pipeline):
     return pipeline.generate(held_out_captions(1)[0], num_inference_steps=12, seed=1).images[0]
 
 
-@pytest.fixture(scope="module")
-def img2img():
-    """The reference pipeline as a function of a scheduler's name and the arguments of a call."""
+def reference_of(pipeline_class):
+    """A reference pipeline as a function of a scheduler's name, the seeds and the arguments of a call."""
     import diffusers
     import torch
 
-    reference = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(
+    reference = getattr(diffusers, pipeline_class).from_pretrained(
         CHECKPOINT, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
     )
     reference.set_progress_bar_config(disable=True)
@@ -42,10 +42,23 @@ def img2img():
     def draw(name, seeds, **arguments):
         named = NAMES[name]
         reference.scheduler = getattr(diffusers, named.family.class_name).from_config(own, **named.fields)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        return reference(num_images_per_prompt=len(seeds), generator=generators, **arguments).images
+        images = []
+        for seed in seeds:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            images += reference(generator=generator, **arguments).images
+        return images
 
     return draw
+
+
+@pytest.fixture(scope="module")
+def img2img():
+    return reference_of("StableDiffusionImg2ImgPipeline")
+
+
+@pytest.fixture(scope="module")
+def inpaint():
+    return reference_of("StableDiffusionInpaintPipeline")
 
 
 def assert_same(images, references):
@@ -68,11 +81,36 @@ def test_image_to_image(pipeline, source, img2img, index):
     assert_same(made, img2img(SCHEDULERS[index], seeds, **arguments))
 
 
-def test_it_shares_a_batch_with_text_to_image(pipeline, source):
+@pytest.mark.parametrize("index", range(len(SCHEDULERS)), ids=SCHEDULERS)
+def test_inpainting_with_a_network_that_does_not_see_the_mask(pipeline, source, inpaint, index):
+    hole = Image.new("L", source.size)
+    ImageDraw.Draw(hole).rectangle((20, 30, 90, 100), fill=255)
+    arguments = {
+        "prompt": held_out_captions(len(SCHEDULERS))[index],
+        "image": source,
+        "mask_image": hole,
+        "strength": (1.0, 0.6)[index % 2],
+        "num_inference_steps": 5 + index % 3,
+        "guidance_scale": (4.0, 1.0)[index % 2],
+    }
+    seeds = (50 + index, 7) if index % 4 == 0 else (50 + index,)
+    made = pipeline.generate(sdrt.Request(**arguments, scheduler=SCHEDULERS[index], seed=seeds)).images
+    assert_same(made, inpaint(SCHEDULERS[index], seeds, **arguments, height=source.height, width=source.width))
+
+
+def test_it_shares_a_batch_with_text_to_image_and_inpainting(pipeline, source):
     requests = [
         sdrt.Request(prompt="a large red star", num_inference_steps=5, seed=1, scheduler="euler"),
         sdrt.Request(prompt="a large red star", num_inference_steps=9, seed=2, image=source, strength=0.5),
         sdrt.Request(prompt="a blue ring", num_inference_steps=6, seed=3, image=source, scheduler="euler_a"),
+        sdrt.Request(
+            prompt="a blue ring",
+            num_inference_steps=7,
+            seed=4,
+            image=source,
+            mask_image=Image.linear_gradient("L").resize(source.size),
+            mask_mode="soft",
+        ),
     ]
     with sdrt.Batcher(pipeline) as batcher:
         tickets = [batcher.submit(request) for request in requests]

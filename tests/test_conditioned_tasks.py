@@ -1,0 +1,153 @@
+"""Upscaling, depth-to-image and editing: what conditions each step, and what is refused before any compute."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdrt.errors import RequestError
+from sdrt.image import open_depth
+from sdrt.request import Request
+from sdrt.tasks.depth_to_image import normalised
+from sdrt.tasks.resampling import bicubic
+
+MAP = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+
+
+def picture(width=64, height=64, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def start_of(pipeline, **options):
+    request = pipeline.resolve(
+        Request(**{"prompt": "red", "seed": 3, "num_inference_steps": 4, "scheduler": "ddim", **options})
+    )
+    return pipeline.prepare(request).trajectories[0].start
+
+
+class TestUpscaling:
+    def test_the_result_is_four_times_as_large_and_the_small_image_conditions_each_step(self, fake):
+        pipeline = fake(task="upscaling")
+        small = picture(20, 16)
+        start = start_of(pipeline, image=small, noise_level=0)
+        assert start.latents.shape == (4, 16, 20)
+        assert start.class_label == 0
+        sample = np.asarray(small, np.float32).transpose(2, 0, 1) / 127.5 - 1
+        assert np.abs(start.conditioning - sample).mean() < 0.1  # level 0 is nearly clean
+        noisy = start_of(pipeline, image=small, noise_level=350).conditioning
+        assert np.abs(noisy - sample).mean() > 0.3
+
+    def test_a_large_one_goes_through_windows(self, fake):
+        request = fake(task="upscaling").resolve(Request(prompt="red", image=picture(64, 40)))
+        assert (request.width, request.height, request.windowed) == (256, 160, True)
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({}, "this bundle does upscaling, and the request has no image"),
+            ({"image": picture(16, 16), "noise_level": 351}, "noise_level is 351"),
+            ({"image": picture(16, 16), "noise_level": -1}, "noise_level is -1"),
+            ({"image": picture(16, 16), "strength": 0.5}, "strength is for outpainting"),
+            ({"image": picture(16, 16), "width": 66}, "66x64 is not 4 times a size|66x64"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, fake, options, reason):
+        with pytest.raises(RequestError, match=reason) as raised:
+            fake(task="upscaling").resolve(Request(prompt="red", **options))
+        assert raised.value.hint
+
+
+class TestDepth:
+    def test_the_map_is_one_channel_from_far_to_near(self, fake):
+        start = start_of(fake(task="depth-to-image"), depth_map=MAP)
+        assert start.conditioning.shape == (1, 8, 8)
+        assert (start.conditioning.min(), start.conditioning.max()) == (-1, 1)
+        assert start.conditioning[0, -1, -1] == 1
+
+    def test_a_map_of_any_scale_and_size_says_the_same(self, fake):
+        pipeline = fake(task="depth-to-image")
+        one = start_of(pipeline, depth_map=MAP).conditioning
+        larger = start_of(pipeline, depth_map=7 * np.kron(MAP, np.ones((2, 2), np.float32)) - 3).conditioning
+        np.testing.assert_allclose(one, larger, atol=0.02)
+
+    def test_a_constant_one_is_all_far_and_says_so(self, fake):
+        pipeline = fake(task="depth-to-image")
+        result = pipeline.generate(Request(prompt="red", depth_map=np.full((64, 64), 3.0), num_inference_steps=2))
+        assert "the same everywhere" in result.warnings[0]
+        assert np.isfinite(result.latents).all()
+        np.testing.assert_array_equal(normalised(np.full((2, 2), 3, np.float32)), -1)
+
+    def test_an_image_is_begun_with_where_there_is_one(self, fake):
+        pipeline = fake(task="depth-to-image")
+        asked = Request(
+            prompt="red", depth_map=MAP, image=picture(), num_inference_steps=10, scheduler="ddim", strength=0.5
+        )
+        assert len(pipeline.resolve(asked).plan) == 5
+
+    @pytest.mark.parametrize("bits", [8, 16])
+    def test_files_of_8_and_16_bits_keep_their_values(self, tmp_path, bits):
+        values = np.arange(256, dtype=np.uint16).reshape(16, 16) * (1 if bits == 8 else 257)
+        kept = values.astype(np.uint8) if bits == 8 else values
+        Image.fromarray(kept).save(tmp_path / "depth.png")
+        np.testing.assert_array_equal(open_depth(tmp_path / "depth.png"), values)
+        np.save(tmp_path / "depth.npy", values)
+        np.testing.assert_array_equal(open_depth(tmp_path / "depth.npy"), values)
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({}, "no depth_map"),
+            ({"depth_map": np.zeros((8, 8, 3))}, r"float64 \[8, 8, 3\]"),
+            ({"depth_map": np.zeros((0, 8))}, r"\[0, 8\]"),
+            ({"depth_map": "depth.png"}, "depth_map is str"),
+            ({"depth_map": np.full((64, 64), np.nan)}, "NaN or infinite"),
+            ({"depth_map": np.full((64, 64), np.inf)}, "NaN or infinite"),
+            ({"depth_map": np.zeros((64, 32))}, "32x64 values for an image of 64x64"),
+            ({"depth_map": MAP, "strength": 0.5}, "there is no image"),
+            ({"depth_map": MAP, "image": picture(), "mask_image": picture()}, "mask_image is for inpainting"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, fake, options, reason):
+        with pytest.raises(RequestError, match=reason) as raised:
+            fake(task="depth-to-image").resolve(Request(prompt="red", **options))
+        assert raised.value.hint
+
+    @pytest.mark.parametrize("size", [(8, 8), (5, 9), (16, 3), (1, 1), (40, 33)])
+    def test_maps_are_resampled_as_torch_does(self, size):
+        values = np.random.default_rng(0).standard_normal((12, 17)).astype(np.float32)
+        theirs = torch.nn.functional.interpolate(torch.from_numpy(values)[None, None], size, mode="bicubic")
+        np.testing.assert_allclose(bicubic(values, *size), theirs[0, 0].numpy(), rtol=1e-4, atol=1e-5)
+
+
+class TestEditing:
+    def test_a_guided_row_has_three_lanes_of_which_one_does_not_see_the_image(self, fake):
+        pipeline = fake(task="editing")
+        request = pipeline.resolve(Request(prompt="red", image=picture(), guidance_scale=7, image_guidance_scale=1.5))
+        (path,) = pipeline.prepare(request).trajectories
+        assert [lane.weight for lane in path.lanes] == [7, -5.5, -0.5]
+        assert [lane.conditioning for lane in path.lanes] == [1, 1, 0]
+        assert sum(lane.weight for lane in path.lanes) == 1
+
+    def test_without_guidance_there_is_one(self, fake):
+        pipeline = fake(task="editing")
+        (path,) = pipeline.prepare(
+            pipeline.resolve(Request(prompt="red", image=picture(), guidance_scale=1))
+        ).trajectories
+        assert [(lane.weight, lane.conditioning) for lane in path.lanes] == [(1, 1)]
+
+    def test_it_draws(self, fake):
+        result = fake(task="editing").generate(Request(prompt="red", image=picture(80, 64), num_inference_steps=3))
+        assert result.images[0].size == (80, 64)
+        assert result.parameters(0)["image_guidance_scale"] == 1.5
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({}, "no image"),
+            ({"image": picture(), "image_guidance_scale": 0.5}, r"image_guidance_scale is 0\.5"),
+            ({"image": picture(), "image_guidance_scale": float("inf")}, "image_guidance_scale"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, fake, options, reason):
+        with pytest.raises(RequestError, match=reason):
+            fake(task="editing").resolve(Request(prompt="red", **options))
