@@ -114,9 +114,9 @@ def test_a_failing_progress_bar_stops_the_child(child):
 @pytest.mark.parametrize(
     ("sizes", "error"),
     [
-        ("64x64,72x64", "multiples of 16"),
-        ("64..100", "multiples of 16"),
-        ("64x64..100x128", "multiples of 16"),
+        ("64x64,76x64", "multiples of 8"),
+        ("64..100", "multiples of 8"),
+        ("64x64..100x128", "multiples of 8"),
         ("128..64", "ends below its start"),
         ("64x128..128x64", "ends below its start"),
     ],
