@@ -12,8 +12,9 @@ from sdrt.engines.halves import make_mixed_graph
 from sdrt.engines.onnx_folder import read_onnx_folder
 from sdrt.engines.profile import parse_profile
 from sdrt.engines.reference import golden_inputs
-from sdrt.engines.step_graph import PREFIX, STEP_INPUTS
+from sdrt.engines.step_graph import PREFIX
 from sdrt.runners.base import STEP, TEXT_ENCODER
+from sdrt.step_border import step_inputs_of
 
 
 @pytest.fixture
@@ -96,6 +97,6 @@ def test_the_step_graph_is_composed_and_its_own_nodes_stay_float32(make):
 
     made = make(STEP)
     graph = onnx.load(made.source.onnx_path, load_external_data=False).graph
-    assert tuple(value.name for value in graph.input) == STEP_INPUTS
+    assert tuple(value.name for value in graph.input) == tuple(entry.name for entry in step_inputs_of())
     own = sum(node.name.startswith(PREFIX) and node.op_type != "Cast" for node in graph.node)
     assert made.islands.by_rule["step graph"] == own
