@@ -10,7 +10,7 @@ GPU_OUT ?= build/gpu-check
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format oracle kernels train-shapes score-shapes bench-host bench-sd15 bench-sd15-aot gpu-check gpu-kit clean
+.PHONY: help setup demo test check format oracle kernels train-shapes train-variants score-shapes score-variants bench-host bench-sd15 bench-sd15-aot gpu-check gpu-kit clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -42,7 +42,7 @@ check: $(STAMP)  ## lint, format, types, import contracts
 	cd $(TREE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p sdrt
 	cd $(TREE) && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 
-oracle: $(STAMP)  ## every scheduler with every option against diffusers; writes docs/schedulers.md
+oracle: $(STAMP)  ## schedulers and tasks with every option against diffusers; writes docs/schedulers.md
 	$(BIN)/python -m pytest -m exhaustive tests/oracle
 	$(BIN)/python -m tests.oracle.scheduler_table docs/schedulers.md
 
@@ -61,6 +61,13 @@ format: $(STAMP)  ## let ruff put the code in shape
 
 train-shapes: $(STAMP)  ## train the embedded model anew (about 100 minutes on 2 cores)
 	$(BIN)/python -m sdrt.models.shapes.train --work build/shapes --out models/shapes/checkpoint
+
+train-variants: $(STAMP)  ## fine-tune the embedded model's task variants anew (about 70 minutes on 2 cores)
+	$(BIN)/python -m sdrt.models.shapes.train_variants --work build/shapes-variants
+
+score-variants: $(STAMP)  ## do the task variants do their tasks? 100 cases each, in PyTorch
+	mkdir -p build
+	$(BIN)/python -m sdrt.models.shapes.score_variants --cases 100 --out build/variants-score.json
 
 score-shapes: $(STAMP)  ## does the embedded model draw what its captions say? 500 captions, here and in PyTorch
 	mkdir -p benchmarks/results build

@@ -49,6 +49,7 @@ _SET_ANEW: Mapping[ModelTask, Mapping[str, object]] = {
     "text-to-image": {"steps_offset": 1, "clip_sample": False},
     "inpainting": {"steps_offset": 1, "skip_prk_steps": True},
 }
+UPSCALING_FACTOR = 0.08333
 _LARGEST_HEADER_BYTES = 100 * 2**20
 
 
@@ -166,7 +167,7 @@ def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
         conditioning_channels=checkpoint.conditioning_channels,
         vae_downsample=checkpoint.vae_downsample,
         size_multiple=checkpoint.vae_downsample,
-        vae_scaling_factor=float(checkpoint.configs["vae"].get("scaling_factor", 0.18215)),
+        vae_scaling_factor=_scaling_factor(checkpoint),
         prompt_embeds_dim=int(checkpoint.configs["unet"]["cross_attention_dim"]),
         text_length=int(checkpoint.configs["text_encoder"].get("max_position_embeddings", 77)),
         default_height=height,
@@ -175,6 +176,13 @@ def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
         scheduler_config=_as_the_pipeline_sets_it(checkpoint),
         noise_augmentation=checkpoint.noise_augmentation,
     )
+
+
+def _scaling_factor(checkpoint: Checkpoint) -> float:
+    """That of the VAE's config; the upscalers' pipeline in diffusers has one of its own, whatever the config says."""
+    if checkpoint.task == "upscaling":
+        return UPSCALING_FACTOR
+    return float(checkpoint.configs["vae"].get("scaling_factor", 0.18215))
 
 
 def _as_the_pipeline_sets_it(checkpoint: Checkpoint) -> dict[str, Any]:

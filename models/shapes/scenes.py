@@ -6,7 +6,7 @@ what is in it. Everything is a pure function of a numpy Generator, so a seed nam
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +68,15 @@ class Scene:
         return f"{phrase} on a {self.background} background"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedObject:
+    """An object and where it is drawn, in pixels."""
+
+    item: SceneObject
+    centre: tuple[float, float]  # (x, y)
+    radius: float
+
+
 def parse_caption(caption: str) -> Scene:
     """The scene that a caption of this grammar describes. Raises ValueError for any other text."""
     body, _, background_part = caption.rpartition(" on a ")
@@ -114,13 +123,36 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """The scene as uint8 [128, 128, 3], with random places that satisfy the caption."""
-    side = CANVAS * SUPERSAMPLING
-    picture = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
-    canvas = ImageDraw.Draw(picture)
+    return draw_objects(place_objects(scene, rng), scene.background)
+
+
+def place_objects(scene: Scene, rng: np.random.Generator) -> tuple[PlacedObject, ...]:
+    """Random places and radii that satisfy the caption."""
     radii = [RADII[item.size] + rng.uniform(-1.0, 1.0) for item in scene.objects]
-    for item, radius, centre in zip(scene.objects, radii, _place(scene, radii, rng), strict=True):
-        _draw_shape(canvas, item.shape, centre, radius, COLOURS[item.colour], BACKGROUNDS[scene.background])
+    centres = _place(scene, radii, rng)
+    return tuple(
+        PlacedObject(item=item, centre=centre, radius=radius)
+        for item, centre, radius in zip(scene.objects, centres, radii, strict=True)
+    )
+
+
+def draw_objects(objects: Sequence[PlacedObject], background: str) -> npt.NDArray[np.uint8]:
+    """Objects in their places on a background, uint8 [128, 128, 3]."""
+    side = CANVAS * SUPERSAMPLING
+    picture = Image.new("RGB", (side, side), BACKGROUNDS[background])
+    canvas = ImageDraw.Draw(picture)
+    for placed in objects:
+        colour = COLOURS[placed.item.colour]
+        _draw_shape(canvas, placed.item.shape, placed.centre, placed.radius, colour, BACKGROUNDS[background])
     return np.asarray(picture.resize((CANVAS, CANVAS), Image.Resampling.BOX))
+
+
+def draw_silhouette(placed: PlacedObject) -> npt.NDArray[np.bool_]:
+    """The pixels that an object covers by half or more, bool [128, 128]; the hole of a ring is not among them."""
+    side = CANVAS * SUPERSAMPLING
+    picture = Image.new("RGB", (side, side))
+    _draw_shape(ImageDraw.Draw(picture), placed.item.shape, placed.centre, placed.radius, (255, 255, 255), (0, 0, 0))
+    return np.asarray(picture.convert("L").resize((CANVAS, CANVAS), Image.Resampling.BOX)) > 127
 
 
 def _place(scene: Scene, radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:

@@ -47,6 +47,12 @@ def log(stage: str, **figures: float) -> None:
     print(json.dumps({"stage": stage, **figures}), flush=True)
 
 
+def mixed_precision() -> torch.autocast:
+    """bf16 where the processor computes in it; emulated, it takes several times as long as float32."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=native)
+
+
 def build_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     """A CLIP byte-pair tokenizer whose merges are learnt on the captions."""
     base = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -157,10 +163,17 @@ def pictures(count: int, seed: int) -> tuple[torch.Tensor, list[str]]:
     return stacked.contiguous(memory_format=torch.channels_last), [scene.caption for scene, _ in drawn]
 
 
-def train_vae(path: Path, *, iterations: int) -> AutoencoderKL:
-    """L1 + MSE, a light pull of the latents to zero and a little noise on them instead of a KL term."""
+def train_vae(
+    path: Path, *, iterations: int, start: AutoencoderKL | None = None, batch_size: int = 16, quarters: float = 0.67
+) -> AutoencoderKL:
+    """L1 + MSE, a light pull of the latents to zero and a little noise on them instead of a KL term.
+
+    start: the autoencoder to begin with; without one, a new one of factor 8.
+    quarters: the share of the iterations, the first ones, that see `batch_size` quarter pictures; the others see
+        half as many whole ones.
+    """
     torch.manual_seed(0)
-    vae = build_vae().to(memory_format=torch.channels_last)
+    vae = (start or build_vae()).to(memory_format=torch.channels_last)
     if path.exists():
         vae.load_state_dict(load_file(path))
         return vae
@@ -178,13 +191,13 @@ def train_vae(path: Path, *, iterations: int) -> AutoencoderKL:
     began, running = time.monotonic(), 0.0
     for iteration in range(iterations):
         # Two thirds of the steps, half of the time, on quarter pictures: more scenes for the same work.
-        small = iteration < 0.67 * iterations
-        batch = images[torch.randint(len(images), (16 if small else 8,))]
+        small = iteration < quarters * iterations
+        batch = images[torch.randint(len(images), (batch_size if small else batch_size // 2,))]
         if small:
             top, left = torch.randint(0, 65, (2,)).tolist()
             batch = batch[:, :, top : top + 64, left : left + 64]
         batch = batch.contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             loss, l1 = loss_of(batch)
         optimiser.param_groups[0]["lr"] = rate_at(iteration, iterations, 1e-3)
         optimiser.zero_grad()
@@ -204,19 +217,19 @@ def train_vae(path: Path, *, iterations: int) -> AutoencoderKL:
 def encode_all(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """The latents' means, float32 [count, 4, 16, 16]."""
     parts = []
-    for batch in images.split(32):
-        with torch.autocast("cpu", torch.bfloat16):
+    for batch in images.split(8):
+        with mixed_precision():
             parts.append(vae.encode(batch.float() / 127.5 - 1).latent_dist.mode().float())
     return torch.cat(parts)
 
 
 @torch.no_grad()
-def whiten(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+def whiten(vae: AutoencoderKL, latents: torch.Tensor, *, scaling_factor: float = 1.0) -> torch.Tensor:
     """Fold a per-channel scale and shift into (post_)quant_conv, so that one scaling factor serves.
 
-    Returns the latents as the changed autoencoder would encode them: zero mean, unit variance.
+    Returns the latents as the changed autoencoder would encode them: zero mean, unit variance once scaled.
     """
-    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) * scaling_factor
     channels = len(mean)
     quant, post = vae.quant_conv, vae.post_quant_conv
     quant.weight[:channels] /= deviation.view(-1, 1, 1, 1)
@@ -302,7 +315,7 @@ def train_denoiser(
         clean = latents[chosen]
         noise = torch.randn_like(clean)
         noisy = schedule.add_noise(clean, noise, steps).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             embeds = both["text_encoder"](ids[rows])[0]
             predicted = both["unet"](noisy, steps, embeds).sample.float()
         losses = (predicted - noise).square().mean((1, 2, 3))

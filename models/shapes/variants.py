@@ -1,0 +1,74 @@
+"""The task variants of `shapes`: whole diffusers folders, put together from the checkpoint and what differs from it."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+from sdrt.errors import CheckpointError
+from sdrt.files import staged_directory
+
+DEPTH_DOWNLOADS: dict[str, object] = {"depth_estimator": [None, None], "feature_extractor": [None, None]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A variant's pipeline class, and the entries of model_index.json that are its own; no class for a ControlNet."""
+
+    pipeline: str | None
+    index: dict[str, object] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()  # entries of the checkpoint's index that the pipeline class does not take
+
+
+VARIANTS = {
+    "inpaint": Variant(pipeline="StableDiffusionInpaintPipeline"),
+    "upscale": Variant(
+        pipeline="StableDiffusionUpscalePipeline",
+        index={
+            "low_res_scheduler": ["diffusers", "DDPMScheduler"],
+            "watermarker": [None, None],
+            "max_noise_level": 350,
+        },
+        dropped=("image_encoder", "requires_safety_checker"),
+    ),
+    "depth": Variant(
+        pipeline="StableDiffusionDepth2ImgPipeline",
+        index=DEPTH_DOWNLOADS,
+        dropped=("image_encoder", "requires_safety_checker", "safety_checker"),
+    ),
+    "edges": Variant(pipeline=None),
+}
+
+
+def variant_checkpoint(name: str, into: Path) -> Path:
+    """Write the whole diffusers folder of a variant to `into`/`name`, replacing one that is there; returns it.
+
+    The ControlNet's folder ("edges") holds that model alone. Raises CheckpointError for a name that is not in
+    VARIANTS and for weights that are not there.
+    """
+    if name not in VARIANTS:
+        raise CheckpointError(f"shapes has no variant {name!r}", hint=f"there are: {', '.join(VARIANTS)}")
+    variant, models = VARIANTS[name], Path(str(files("sdrt.models.shapes")))
+    base, own = models / "checkpoint", models / name
+    if not own.is_dir():
+        raise CheckpointError(
+            f"the weights of the variant {name!r} are not there",
+            hint=f"train them: python -m sdrt.models.shapes.train_variants --only {name}",
+        )
+    if not own.is_dir():
+        raise CheckpointError(f"the weights of shapes' variant {name!r} are not there", hint="run: make train-variants")
+    into.mkdir(parents=True, exist_ok=True)
+    with staged_directory(into / name, overwrite=True, durable=False) as folder:
+        if variant.pipeline is not None:
+            for part in sorted(path for path in base.iterdir() if path.is_dir() and not (own / path.name).exists()):
+                shutil.copytree(part, folder / part.name)
+            index = json.loads((base / "model_index.json").read_text())
+            (folder / "model_index.json").write_text(json.dumps(_index(name, variant, index), indent=2) + "\n")
+        shutil.copytree(own, folder, dirs_exist_ok=True)
+    return into / name
+
+
+def _index(name: str, variant: Variant, base: dict[str, object]) -> dict[str, object]:
+    kept = {key: value for key, value in base.items() if key not in variant.dropped}
+    return kept | {"_class_name": variant.pipeline, "_name_or_path": f"shapes-{name}"} | variant.index
