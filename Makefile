@@ -62,7 +62,7 @@ format: $(STAMP)  ## let ruff put the code in shape
 train-shapes: $(STAMP)  ## train the embedded model anew (about 100 minutes on 2 cores)
 	$(BIN)/python -m sdrt.models.shapes.train --work build/shapes --out models/shapes/checkpoint
 
-train-variants: $(STAMP)  ## fine-tune the embedded model's task variants anew (about 70 minutes on 2 cores)
+train-variants: $(STAMP)  ## fine-tune the embedded model's task variants anew
 	$(BIN)/python -m sdrt.models.shapes.train_variants --work build/shapes-variants
 
 score-variants: $(STAMP)  ## do the task variants do their tasks? 100 cases each, in PyTorch
