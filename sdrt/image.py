@@ -142,10 +142,7 @@ def as_depth(image: Image.Image) -> npt.NDArray[np.float32]:
 
     RequestError as `as_rgb` does.
     """
-    _check_size(image.size, "the depth map")
-    deep = image.mode.startswith(("I", "F"))
-    upright = _upright(image if deep else _to_grey(image), image.getexif().get(EXIF_ORIENTATION, 1))
-    return np.asarray(upright, np.float32)
+    return np.asarray(_converted(image, _to_samples), np.float32)
 
 
 def open_depth(path: Path) -> npt.NDArray[np.float32]:
@@ -160,15 +157,7 @@ def open_depth(path: Path) -> npt.NDArray[np.float32]:
             return np.array(values, np.float32)
         except (OSError, EOFError, SyntaxError, TypeError, ValueError, OverflowError) as error:
             raise RequestError(f"{path} holds no depth map: {error}", hint="write it with numpy.save") from error
-    head = _read_head(path)
-    kind = _format_of(head, path)
-    try:
-        with path.open("rb") as file, kind(file) as image:
-            _check_size(image.size, path)
-            image.load()
-            return as_depth(image)
-    except DAMAGE as error:
-        raise RequestError(f"{path} is damaged or cut off: {error}", hint="save the depth map again") from error
+    return np.asarray(_open(path, _to_samples), np.float32)
 
 
 def _converted(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -301,6 +290,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_grey(image: Image.Image) -> Image.Image:
     """Any mode as grey without metadata; transparency shows black."""
     return _on_backdrop(image, "black").convert("L")
+
+
+def _to_samples(image: Image.Image) -> Image.Image:
+    """Deep greys as they are, anything else as `_to_grey`."""
+    return image if image.mode.startswith(("I", "F")) else _to_grey(image)
 
 
 def _on_backdrop(image: Image.Image, colour: str) -> Image.Image:

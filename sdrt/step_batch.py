@@ -63,16 +63,33 @@ def _inputs_while_alike(trajectories: Sequence[Trajectory]) -> tuple[int, dict[s
     return rows, lasting, row_inputs(trajectories, rows)
 
 
-class _HostBatch:
+class _CollectedAtOnce:
+    """What batches have in common whose rows are over when `advance` returns."""
+
+    def __init__(self, runner: Runner, trajectories: tuple[Trajectory, ...]) -> None:
+        self.trajectories = trajectories
+        self._runner = runner
+        self._seconds: list[float] = []
+
+    def collect(self) -> Faults:
+        return {}
+
+    def take_seconds(self) -> tuple[float, ...]:
+        taken, self._seconds = tuple(self._seconds), []
+        return taken
+
+    def gap_seconds(self) -> float | None:
+        return None
+
+
+class _HostBatch(_CollectedAtOnce):
     """Each row is a call of the runner, and collected at once.
 
     What stays from row to row is put together once, and the next row's noise is drawn while the runner works.
     """
 
     def __init__(self, runner: Runner, trajectories: tuple[Trajectory, ...]) -> None:
-        self.trajectories = trajectories
-        self._runner = runner
-        self._seconds: list[float] = []
+        super().__init__(runner, trajectories)
         self._lasting: dict[str, Array] = {}
         self._rows: dict[str, Array] = {}
         self._row = self._left = 0  # of the rows that have the same lanes
@@ -94,16 +111,6 @@ class _HostBatch:
         faults = self._take(state)
         self._seconds.append(time.perf_counter() - began)
         return faults
-
-    def collect(self) -> Faults:
-        return {}
-
-    def take_seconds(self) -> tuple[float, ...]:
-        taken, self._seconds = tuple(self._seconds), []
-        return taken
-
-    def gap_seconds(self) -> float | None:
-        return None
 
     def close(self) -> None:
         if self._drawer is not None:
@@ -141,13 +148,8 @@ class _HostBatch:
             self._drawn = None
 
 
-class _WindowBatch:
+class _WindowBatch(_CollectedAtOnce):
     """Each row of a trajectory is that of all its windows, a few in each call of the runner, blended on the host."""
-
-    def __init__(self, runner: Runner, trajectories: tuple[Trajectory, ...]) -> None:
-        self.trajectories = trajectories
-        self._runner = runner
-        self._seconds: list[float] = []
 
     def advance(self) -> Faults:
         began = time.perf_counter()
@@ -160,16 +162,6 @@ class _WindowBatch:
                 faults[item] = not_finite(item)
         self._seconds.append(time.perf_counter() - began)
         return faults
-
-    def collect(self) -> Faults:
-        return {}
-
-    def take_seconds(self) -> tuple[float, ...]:
-        taken, self._seconds = tuple(self._seconds), []
-        return taken
-
-    def gap_seconds(self) -> float | None:
-        return None
 
     def close(self) -> None:
         pass

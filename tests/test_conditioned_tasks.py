@@ -93,6 +93,12 @@ class TestDepth:
         np.save(tmp_path / "depth.npy", values)
         np.testing.assert_array_equal(open_depth(tmp_path / "depth.npy"), values)
 
+    def test_a_file_must_not_move(self, tmp_path):
+        frames = [Image.new("L", (8, 8), shade) for shade in (0, 200)]
+        frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
+        with pytest.raises(RequestError, match="animation"):
+            open_depth(tmp_path / "moving.webp")
+
     @pytest.mark.parametrize(
         ("options", "reason"),
         [

@@ -250,8 +250,10 @@ def size_multiple(folder: Path) -> int | None:
 
     It is the VAE's, and the UNet's too where another exporter traced it.
     """
+    from sdrt.exported import EXPORT_RECORD_NAME
+
     multiple = 1
-    foreign = is_onnx_folder(folder) and not (folder / "export.json").exists()
+    foreign = is_onnx_folder(folder) and not (folder / EXPORT_RECORD_NAME).exists()
     for component in ("vae_decoder" if is_onnx_folder(folder) else "vae", *(["unet"] if foreign else [])):
         try:
             config = json.loads((folder / component / "config.json").read_bytes())

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
+import numpy as np
 from PIL import Image
 
 from sdrt.bundle import JsonValue
@@ -34,6 +35,29 @@ class Preparation:
     shape: tuple[int, int, int]
     encode: Encode
     vary: Vary
+
+    def numbers(self) -> FloatArray:
+        """The generator's next numbers in the latents' shape: float32 [1, C, h, w]."""
+        return self.generator.randn((1, *self.shape))
+
+    def noise(self) -> FloatArray:
+        """The noise that the latents begin with, of the next numbers: float32 [1, C, h, w]."""
+        return self.vary(self.numbers())
+
+    def latents_of(self, sample: FloatArray) -> FloatArray:
+        """An image's latents, sampled with the next numbers: float32 [1, C, h, w]."""
+        return self.encode(sample).sample(self.numbers())
+
+    def only_noise(self, noise: FloatArray) -> FloatArray:
+        """Latents that hold nothing but noise, at the scale of the plan's first row: float32 [C, h, w]."""
+        scaled: FloatArray = noise[0] * np.float32(self.plan.initial_scale)
+        return scaled
+
+    def with_noise(self, latents: FloatArray, noise: FloatArray) -> FloatArray:
+        """An image's latents as noisy as the plan's first row has them: float32 [C, h, w]."""
+        on_image, on_noise = (np.float32(value) for value in self.plan.noised[0])
+        mixed: FloatArray = (on_image * latents + on_noise * noise)[0]
+        return mixed
 
 
 class Task(Protocol):

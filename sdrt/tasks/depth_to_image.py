@@ -19,7 +19,7 @@ from sdrt.request import Request
 from sdrt.runners.base import FloatArray
 from sdrt.tasks import pictures
 from sdrt.tasks.base import Preparation, TaskName
-from sdrt.tasks.image_to_image import check_noised, check_strength, first_step_of, with_noise
+from sdrt.tasks.image_to_image import check_noised, check_strength, first_step_of
 from sdrt.tasks.resampling import bicubic
 
 DEFAULT_STRENGTH = 0.8
@@ -62,14 +62,11 @@ class DepthToImage:
 
     def start(self, preparation: Preparation) -> Start:
         """The image's latents with noise, or noise alone; both drawn as in the reference."""
-        plan, generator, shape = preparation.plan, preparation.generator, (1, *preparation.shape)
         conditioning = normalised(bicubic(self.depth, *preparation.shape[1:]))[None]
         if self.image is None:
-            noise = preparation.vary(generator.randn(shape))
-            return Start(latents=noise[0] * np.float32(plan.initial_scale), conditioning=conditioning)
-        known = preparation.encode(pictures.to_sample(self.image)).sample(generator.randn(shape))
-        noise = preparation.vary(generator.randn(shape))
-        return Start(latents=with_noise(plan, known, noise)[0], conditioning=conditioning)
+            return Start(latents=preparation.only_noise(preparation.noise()), conditioning=conditioning)
+        known = preparation.latents_of(pictures.to_sample(self.image))
+        return Start(latents=preparation.with_noise(known, preparation.noise()), conditioning=conditioning)
 
     def finish(self, image: Image.Image) -> Image.Image:
         """The image is the result."""

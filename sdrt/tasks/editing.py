@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-import numpy as np
 from PIL import Image
 
 from sdrt.bundle import JsonValue, ModelRecord
@@ -51,8 +50,7 @@ class Editing:
     def start(self, preparation: Preparation) -> Start:
         """Noise, with the image's likeliest latents as conditioning, which are not scaled: so it was trained."""
         conditioning = preparation.encode(pictures.to_sample(self.image)).mean[0]
-        noise = preparation.vary(preparation.generator.randn((1, *preparation.shape)))
-        return Start(latents=noise[0] * np.float32(preparation.plan.initial_scale), conditioning=conditioning)
+        return Start(latents=preparation.only_noise(preparation.noise()), conditioning=conditioning)
 
     def finish(self, image: Image.Image) -> Image.Image:
         """The image is the result."""

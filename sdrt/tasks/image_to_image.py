@@ -13,7 +13,6 @@ from sdrt.conditions import Start
 from sdrt.errors import RequestError
 from sdrt.plan import SamplingPlan
 from sdrt.request import Request
-from sdrt.runners.base import FloatArray
 from sdrt.tasks.base import Preparation, TaskName
 from sdrt.tasks.pictures import check_picture, pixels_sha256, resize, to_sample
 
@@ -55,10 +54,8 @@ class ImageToImage:
 
         Both draws are the reference's, in its order.
         """
-        shape = (1, *preparation.shape)
-        known = preparation.encode(to_sample(self.image)).sample(preparation.generator.randn(shape))
-        noise = preparation.vary(preparation.generator.randn(shape))
-        return Start(latents=with_noise(preparation.plan, known, noise)[0])
+        known = preparation.latents_of(to_sample(self.image))
+        return Start(latents=preparation.with_noise(known, preparation.noise()))
 
     def finish(self, image: Image.Image) -> Image.Image:
         """The image is the result."""
@@ -106,10 +103,3 @@ def first_step_of(strength: float, num_inference_steps: int) -> int:
             hint=f"give a strength of at least {1 / num_inference_steps:.3g}, or ask for more steps",
         )
     return num_inference_steps - left
-
-
-def with_noise(plan: SamplingPlan, latents: FloatArray, noise: FloatArray) -> FloatArray:
-    """An image's latents as noisy as the plan's first row has them, of the shape of both."""
-    on_image, on_noise = (np.float32(value) for value in plan.noised[0])
-    mixed: FloatArray = on_image * latents + on_noise * noise
-    return mixed

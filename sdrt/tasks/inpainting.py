@@ -21,7 +21,7 @@ from sdrt.request import Request
 from sdrt.runners.base import FloatArray
 from sdrt.tasks import pictures
 from sdrt.tasks.base import Preparation, TaskName
-from sdrt.tasks.image_to_image import check_noised, check_strength, first_step_of, with_noise
+from sdrt.tasks.image_to_image import check_noised, check_strength, first_step_of
 
 DEFAULT_STRENGTH = 1.0
 DEFAULT_MASK_BLUR = 8.0  # pixels
@@ -84,24 +84,23 @@ class Inpainting:
         The generator's numbers are drawn as in the reference: for the image's latents where they are needed, for the
         noise, for the masked image's latents.
         """
-        plan, generator, shape = preparation.plan, preparation.generator, (1, *preparation.shape)
         sample, free = pictures.to_sample(self.image), self.strength == 1
         image_latents = None
         if not (free and self.conditioned):
-            image_latents = preparation.encode(sample).sample(generator.randn(shape))
-        noise = preparation.vary(generator.randn(shape))
+            image_latents = preparation.latents_of(sample)
+        noise = preparation.noise()
         mask = self._in_latents()
         if image_latents is None or free:
-            latents = noise * np.float32(plan.initial_scale)
+            latents = preparation.only_noise(noise)
         else:
-            latents = with_noise(plan, image_latents, noise)
-        masked_noise = generator.randn(shape)  # the reference draws it for any network
+            latents = preparation.with_noise(image_latents, noise)
+        masked_noise = preparation.numbers()  # the reference draws it for any network
         if self.conditioned:
             masked = preparation.encode(self._masked(sample)).sample(masked_noise)
-            return Start(latents=latents[0], conditioning=np.concatenate([mask, masked[0]]))
+            return Start(latents=latents, conditioning=np.concatenate([mask, masked[0]]))
         if image_latents is None:
             raise RuntimeError("the image was not encoded")
-        return Start(latents=latents[0], known=Known(latents=image_latents[0], noise=noise[0], mask=mask))
+        return Start(latents=latents, known=Known(latents=image_latents[0], noise=noise[0], mask=mask))
 
     def finish(self, image: Image.Image) -> Image.Image:
         """With what is not drawn put back, and a crop into its place."""
@@ -160,21 +159,30 @@ def read_inpainting(request: Request, model: ModelRecord) -> Inpainting:
             hint="give them in one size",
         )
     padding = request.padding_mask_crop
-    return Inpainting(
-        image=image,
-        mask=mask,
-        strength=check_strength(request.strength, DEFAULT_STRENGTH),
-        blur=check_mask_blur(request),
-        conditioned=model.task == "inpainting",
-        vae_downsample=model.vae_downsample,
-        image_sha256=pictures.pixels_sha256(image),
-        mask_sha256=pictures.pixels_sha256(mask),
-        preserve=False if request.preserve is None else check_flag("preserve", request.preserve),
+    return replace(
+        inpainting_of(request, model, image, mask, preserve=False),
         padding=None if padding is None else check_whole("padding_mask_crop", padding, 0, 10_000),
     )
 
 
-def check_mask_blur(request: Request) -> float | None:
+def inpainting_of(
+    request: Request, model: ModelRecord, image: Image.Image, mask: Image.Image, *, preserve: bool
+) -> Inpainting:
+    """The inpainting of these pictures as the request asks. preserve: where it does not say. Raises RequestError."""
+    return Inpainting(
+        image=image,
+        mask=mask,
+        strength=check_strength(request.strength, DEFAULT_STRENGTH),
+        blur=_check_mask_blur(request),
+        conditioned=model.task == "inpainting",
+        vae_downsample=model.vae_downsample,
+        image_sha256=pictures.pixels_sha256(image),
+        mask_sha256=pictures.pixels_sha256(mask),
+        preserve=preserve if request.preserve is None else check_flag("preserve", request.preserve),
+    )
+
+
+def _check_mask_blur(request: Request) -> float | None:
     """The blur of a soft mask, or None for one without greys. Raises RequestError."""
     mode = "diffusers" if request.mask_mode is None else request.mask_mode
     if mode not in MASK_MODES:

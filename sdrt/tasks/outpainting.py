@@ -9,15 +9,14 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from sdrt.bundle import JsonValue, ModelRecord
-from sdrt.checks import check_flag, check_whole, shown
+from sdrt.checks import check_whole, shown
 from sdrt.conditions import Start
 from sdrt.errors import RequestError
 from sdrt.plan import SamplingPlan
 from sdrt.request import Request
 from sdrt.tasks import pictures
 from sdrt.tasks.base import Preparation, TaskName
-from sdrt.tasks.image_to_image import check_strength
-from sdrt.tasks.inpainting import DEFAULT_STRENGTH, Inpainting, check_mask_blur
+from sdrt.tasks.inpainting import Inpainting, inpainting_of
 
 SIDES = ("left", "top", "right", "bottom")
 LARGEST_MARGIN = 4096
@@ -28,11 +27,15 @@ _HINT = 'name sides and pixels: {"left": 128, "bottom": 64}'
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outpainting:
-    """See `Task`. inside: the inpainting of the canvas. margins: pixels (left, top, right, bottom)."""
+    """See `Task`. inside: the inpainting of the canvas. margins: pixels (left, top, right, bottom).
+
+    image_sha256: of the image as it was given.
+    """
 
     name: ClassVar[TaskName] = "outpainting"
     windowed: ClassVar[bool] = True
     inside: Inpainting
+    image_sha256: str
     margins: tuple[int, int, int, int]
     fill: str
 
@@ -69,8 +72,8 @@ class Outpainting:
         """The margins and what filled them, and what of the inpainting's own was asked for."""
         margins: dict[str, JsonValue] = dict(zip(SIDES, self.margins, strict=True))
         inpainting = dict(self.inside.parameters())
-        own = {name: inpainting[name] for name in ("strength", "image_sha256", "mask_mode", "mask_blur", "preserve")}
-        return {**own, "outpaint": margins, "fill": self.fill}
+        own = {name: inpainting[name] for name in ("strength", "mask_mode", "mask_blur", "preserve")}
+        return {**own, "image_sha256": self.image_sha256, "outpaint": margins, "fill": self.fill}
 
 
 def read_outpainting(request: Request, model: ModelRecord) -> Outpainting:
@@ -78,20 +81,8 @@ def read_outpainting(request: Request, model: ModelRecord) -> Outpainting:
     image = pictures.check_picture("image", request.image)
     margins = _check_margins(request.outpaint)
     fill = EDGE if request.fill is None else request.fill
-    preserve = True if request.preserve is None else check_flag("preserve", request.preserve)
-    mask = _mask(image, margins)
-    inside = Inpainting(
-        image=_canvas(image, margins, fill),
-        mask=mask,
-        strength=check_strength(request.strength, DEFAULT_STRENGTH),
-        blur=check_mask_blur(request),
-        conditioned=model.task == "inpainting",
-        vae_downsample=model.vae_downsample,
-        image_sha256=pictures.pixels_sha256(image),
-        mask_sha256=pictures.pixels_sha256(mask),
-        preserve=preserve,
-    )
-    return Outpainting(inside=inside, margins=margins, fill=fill)
+    inside = inpainting_of(request, model, _canvas(image, margins, fill), _mask(image, margins), preserve=True)
+    return Outpainting(inside=inside, image_sha256=pictures.pixels_sha256(image), margins=margins, fill=fill)
 
 
 def parse_margins(text: str) -> dict[str, int]:

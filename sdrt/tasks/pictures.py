@@ -135,10 +135,7 @@ def _widened(start: int, end: int, wanted: int, length: int) -> tuple[int, int]:
 
 def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
     """The whole image scaled into this size, in its middle; what is left is filled with its border's pixels."""
-    if width / height < image.width / image.height:
-        inner = (width, image.height * width // image.width)
-    else:
-        inner = (image.width * height // image.height, height)
+    inner = _in_shape(image, height, width, by_width=width / height < image.width / image.height)
     scaled = np.asarray(image.resize(inner, Image.Resampling.LANCZOS))
     top, left = height // 2 - inner[1] // 2, width // 2 - inner[0] // 2
     edges = ((top, height - top - inner[1]), (left, width - left - inner[0]), (0, 0))[: scaled.ndim]
@@ -147,10 +144,14 @@ def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
 
 def covering(image: Image.Image, height: int, width: int) -> Image.Image:
     """The image scaled until it covers this size, without what is outside it."""
-    if width / height > image.width / image.height:
-        outer = (width, image.height * width // image.width)
-    else:
-        outer = (image.width * height // image.height, height)
+    outer = _in_shape(image, height, width, by_width=width / height > image.width / image.height)
     scaled = image.resize(outer, Image.Resampling.LANCZOS)
     left, top = outer[0] // 2 - width // 2, outer[1] // 2 - height // 2
     return scaled.crop((left, top, left + width, top + height))
+
+
+def _in_shape(image: Image.Image, height: int, width: int, *, by_width: bool) -> tuple[int, int]:
+    """(width, height) of the image's own shape that has one side of these."""
+    if by_width:
+        return width, image.height * width // image.width
+    return image.width * height // image.height, height

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import numpy as np
 from PIL import Image
 
 from sdrt.bundle import JsonValue, ModelRecord
@@ -35,8 +34,7 @@ class TextToImage:
 
     def start(self, preparation: Preparation) -> Start:
         """Noise at the scale of the plan's first row."""
-        noise = preparation.vary(preparation.generator.randn((1, *preparation.shape)))
-        return Start(latents=noise[0] * np.float32(preparation.plan.initial_scale))
+        return Start(latents=preparation.only_noise(preparation.noise()))
 
     def finish(self, image: Image.Image) -> Image.Image:
         """The image is the result."""

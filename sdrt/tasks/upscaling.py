@@ -69,12 +69,8 @@ class Upscaling:
         sample = pictures.to_sample(self.image)
         on_image, on_noise = (np.float32(value) for value in self.noise_weights)
         noisy = on_image * sample + on_noise * preparation.generator.randn(sample.shape)
-        noise = preparation.vary(preparation.generator.randn((1, *preparation.shape)))
-        return Start(
-            latents=noise[0] * np.float32(preparation.plan.initial_scale),
-            conditioning=noisy[0],
-            class_label=self.noise_level,
-        )
+        latents = preparation.only_noise(preparation.noise())
+        return Start(latents=latents, conditioning=noisy[0], class_label=self.noise_level)
 
     def finish(self, image: Image.Image) -> Image.Image:
         """The image is the result."""
