@@ -1,9 +1,17 @@
 """Fixtures that several test modules share: tiny checkpoints in the exact Stable Diffusion layout."""
 
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+ROOT = Path(__file__).parents[1]
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 CAPTIONS = (
     "a large red circle left of a small blue star on a white background",
     "a small green triangle above a large yellow cross on a black background",
@@ -102,33 +110,63 @@ def make_tiny_tokenizer(folder: Path):  # type: ignore[no-untyped-def]
     return build_tokenizer(CAPTIONS, folder)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Where tests run side by side, each process keeps to its share of the cores, and so do those it starts."""
+    name, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if name is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        number = int(name.removeprefix("gw"))
+        os.sched_setaffinity(0, cores[number % len(cores) :: count])
+
+
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of one test run share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made_once(shared_folder: Path) -> MadeOnce:
+    """A function that has `make` make a folder, unless a process of this test run has made it under that name."""
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        target = shared_folder / name
+        with FileLock(f"{target}.lock"):
+            if not target.exists():
+                work = Path(tempfile.mkdtemp(dir=shared_folder))
+                make(work / name)
+                (work / name).rename(target)
+        return target
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(made_once: MadeOnce) -> Path:
     """A diffusers folder with random weights."""
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+    return made_once("checkpoint", make_tiny_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_export(tiny_checkpoint: Path, made_once: MadeOnce) -> Path:
     """The tiny checkpoint as an ONNX folder, with golden results."""
     from sdrt.export.package import export_model
     from sdrt.progress import silent
 
-    target = tmp_path_factory.mktemp("exported") / "onnx"
-    export_model(tiny_checkpoint, target, progress=silent)
-    return target
+    return made_once("onnx", lambda target: export_model(tiny_checkpoint, target, progress=silent))
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_export: Path, made_once: MadeOnce) -> Path:
     """The tiny checkpoint as a float32 OpenVINO bundle, for 64 to 128 pixels a side."""
     from sdrt.engines.build import BuildOptions, build_bundle
     from sdrt.progress import silent
 
-    target = tmp_path_factory.mktemp("bundles") / "tiny.sdrt"
     options = BuildOptions(backend="openvino", precision="fp32", sizes="64..128", batch="1..4")
-    build_bundle(tiny_export, target, options, silent)
-    return target
+    return made_once("tiny.sdrt", lambda target: build_bundle(tiny_export, target, options, silent))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -140,34 +178,34 @@ def interruptible() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def build_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def build_cache(shared_folder: Path) -> None:
     """Tests neither read nor fill the user's build cache."""
-    import os
-
-    os.environ["SDRT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["SDRT_CACHE"] = str(shared_folder / "cache")
 
 
 @pytest.fixture(scope="session")
-def shapes_bundle(tmp_path_factory: pytest.TempPathFactory, build_cache: None) -> Path:
+def shapes_bundle(made_once: MadeOnce, build_cache: None) -> Path:
     """The embedded model as a float32 bundle, built with the command line."""
-    import subprocess
-    import sys
+    return made_once(
+        "shapes.sdrt", lambda target: run_build("shapes", target, "--precision", "fp32", "--batch", "1..8")
+    )
 
-    target = tmp_path_factory.mktemp("shapes") / "shapes.sdrt"
-    command = [
-        str(Path(sys.executable).with_name("sdrt")),
-        "build",
-        "shapes",
-        "--precision",
-        "fp32",
-        "--batch",
-        "1..8",
-        "--out",
-    ]
-    done = subprocess.run([*command, str(target)], capture_output=True, text=True)
+
+@pytest.fixture(scope="session")
+def tensorrt_python(shared_folder: Path) -> Path:
+    """The interpreter of a venv with the `tensorrt` extra; it is kept between runs."""
+    from sdrt.benchmarks.builds import ensure_tensorrt
+
+    with FileLock(shared_folder / "venv-tensorrt.lock"):
+        return ensure_tensorrt(ROOT / "build" / "venv-tensorrt")
+
+
+def run_build(model: str, target: Path, *options: str) -> None:
+    """`sdrt build`, as a user has it; the test fails where it does."""
+    command = [str(Path(sys.executable).with_name("sdrt")), "build", model, *options, "--out", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        pytest.fail(f"the embedded model does not build: {done.stderr}")
-    return target
+        pytest.fail(f"{model} does not build: {done.stderr}")
 
 
 @pytest.fixture
@@ -184,16 +222,14 @@ def fake(tmp_path: Path):  # type: ignore[no-untyped-def]
 
 
 @pytest.fixture(scope="session")
-def onnx_bundle(tiny_export, tmp_path_factory):  # type: ignore[no-untyped-def]
+def onnx_bundle(tiny_export, made_once):  # type: ignore[no-untyped-def]
     """The tiny model as ONNX files, 64 to 128 pixels, 1 to 4 images: what the simulated GPU takes for engines."""
     from sdrt.bundle import Bundle
     from sdrt.engines.build import BuildOptions, build_bundle
     from sdrt.progress import silent
 
-    target = tmp_path_factory.mktemp("bundles") / "onnx.sdrt"
     options = BuildOptions(backend="onnxruntime", sizes="64..128", batch="1..4", threads=1)
-    build_bundle(tiny_export, target, options, silent)
-    return Bundle.open(target)
+    return Bundle.open(made_once("onnx.sdrt", lambda target: build_bundle(tiny_export, target, options, silent)))
 
 
 @pytest.fixture(scope="session")

@@ -53,11 +53,9 @@ def variant_checkpoint(name: str, into: Path) -> Path:
     base, own = models / "checkpoint", models / name
     if not own.is_dir():
         raise CheckpointError(
-            f"the weights of the variant {name!r} are not there",
-            hint=f"train them: python -m sdrt.models.shapes.train_variants --only {name}",
+            f"the weights of shapes' variant {name!r} are not there",
+            hint="they come with a clone of sdrt, not with an installed wheel; make train-variants makes them anew",
         )
-    if not own.is_dir():
-        raise CheckpointError(f"the weights of shapes' variant {name!r} are not there", hint="run: make train-variants")
     into.mkdir(parents=True, exist_ok=True)
     with staged_directory(into / name, overwrite=True, durable=False) as folder:
         if variant.pipeline is not None:

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.benchmarks.builds import ensure_tensorrt
-
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 DOCUMENTS += [ROOT / "models" / "shapes" / "README.md"]
@@ -65,7 +63,7 @@ def test_python_blocks_run(name, code, desk):
 
 
 @pytest.mark.timeout(900)  # many commands, builds among them
-def test_shell_lines_run(desk):
+def test_shell_lines_run(desk, tensorrt_python):
     lines = commands()
     assert lines
     for name, line in lines:
@@ -76,13 +74,13 @@ def test_shell_lines_run(desk):
             continue
         else:
             assert line.startswith("sdrt "), f"{name}: this test does not know how to run {line!r}"
-            done = run_in(desk, line, **(with_tensorrt() if "-gpu" in line else {}))
+            done = run_in(desk, line, **(beside(tensorrt_python) if "-gpu" in line else {}))
         assert done.returncode == 0, f"{name}: {line}\n{done.stdout}\n{done.stderr}"
 
 
-def with_tensorrt() -> dict[str, str]:
-    """What the `tensorrt` extra adds, taken from the venv that has it."""
-    (packages,) = ensure_tensorrt(ROOT / "build" / "venv-tensorrt").parents[1].glob("lib/python*/site-packages")
+def beside(python: Path) -> dict[str, str]:
+    """What lets a command find another venv's packages too."""
+    (packages,) = python.parents[1].glob("lib/python*/site-packages")
     return {"PYTHONPATH": str(packages)}
 
 

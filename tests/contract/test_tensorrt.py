@@ -9,17 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.benchmarks.builds import ensure_tensorrt
-
 ROOT = Path(__file__).parents[2]
-VENV = ROOT / "build" / "venv-tensorrt"
 NO_DRIVER = "there is no NVIDIA driver; TensorRT engines need one for CUDA 13 or later"
 
 
 @pytest.fixture(scope="session")
-def python():
-    """The interpreter of a venv with the `tensorrt` extra; it is kept between runs."""
-    return ensure_tensorrt(VENV)
+def python(tensorrt_python):
+    return tensorrt_python
 
 
 def has_gpu():

@@ -1,7 +1,5 @@
 """The same seed gives the same image as diffusers: every scheduler, alone and inside a mixed batch, on `shapes`."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from sdrt.parity import psnr_db
 from sdrt.plan import derive
 from sdrt.plan.catalog import NAMES, base_names
 from sdrt.runners.cpu import native_precision
+from tests.conftest import run_build
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
@@ -131,18 +130,12 @@ def test_a_derived_plan_draws_the_image_of_the_scheduler_it_was_derived_from(pip
     assert largest_difference(pipeline.generate(asked).images[0], references["unipc"][0]) <= 1
 
 
-def build_shapes(target, *flags):
-    command = [str(Path(sys.executable).with_name("sdrt")), "build", "shapes", *flags, "--out", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_bf16_stays_above_35_db(tmp_path, references, capsys):
     """For these requests. Where a picture hangs in the balance, rounding can tip it, and it shows something else."""
     if native_precision() != "bf16":
         pytest.skip("this CPU has no bfloat16 instructions, so no bf16 bundle can be built on it")
     target = tmp_path / "bf16.sdrt"
-    build_shapes(target, "--precision", "bf16")
+    run_build("shapes", target, "--precision", "bf16")
     with sdrt.open(target) as pipeline:
         images = {name: np.asarray(pipeline.generate(REQUESTS[name]).images[0]) for name in BF16}
     qualities = [psnr_db(image, references[name][0]) for name, image in images.items()]
@@ -154,7 +147,7 @@ def test_bf16_stays_above_35_db(tmp_path, references, capsys):
 def test_the_onnxruntime_backend_draws_the_same_in_a_mixed_batch_too(tmp_path, references):
     """Within one level, and not to the bit: its convolutions choose other kernels for other batches."""
     target = tmp_path / "ort.sdrt"
-    build_shapes(target, "--backend", "onnxruntime", "--precision", "fp32", "--batch", "1..8")
+    run_build("shapes", target, "--backend", "onnxruntime", "--precision", "fp32", "--batch", "1..8")
     with sdrt.open(target) as pipeline:
         mixed = mixed_images(pipeline)
         for name, together in zip(MIXTURE, mixed, strict=True):
