@@ -54,7 +54,8 @@ def variant_checkpoint(name: str, into: Path) -> Path:
     if not own.is_dir():
         raise CheckpointError(
             f"the weights of shapes' variant {name!r} are not there",
-            hint="they come with a clone of sdrt, not with an installed wheel; make train-variants makes them anew",
+            hint="a clone of sdrt has them and an installed wheel has not; or train them: "
+            f"python -m sdrt.models.shapes.train_variants --only {name}",
         )
     into.mkdir(parents=True, exist_ok=True)
     with staged_directory(into / name, overwrite=True, durable=False) as folder:
