@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sdrt.bundle import BackendName, JsonValue, Precision, ShapeProfile
+from sdrt.bundle import BackendName, DepthEstimation, JsonValue, Precision, ShapeProfile
 from sdrt.plan.clamping import Thresholding
 from sdrt.progress import Progress, silent
 
@@ -20,6 +20,7 @@ class ComponentSource:
     max_lanes: most network evaluations of one step. vae_downsample: pixels per latent on one side.
     default_height, default_width: the model's own size, in pixels.
     thresholding: how the step graph cuts estimates of x₀ that are too large, where the scheduler asks for that.
+    depth_estimation: what the depth estimator is given, where there is one.
     composed: the graph is what the engine is built of; else the step graph is still to be composed around the network.
     """
 
@@ -35,6 +36,7 @@ class ComponentSource:
     default_height: int
     default_width: int
     thresholding: Thresholding | None = None
+    depth_estimation: DepthEstimation | None = None
     composed: bool = False
 
 

@@ -26,7 +26,7 @@ from sdrt.engines.base import ComponentSource, EngineBuilder
 from sdrt.engines.components import BuiltComponent, make_component
 from sdrt.engines.evidence import Evidence, Subject, gather_evidence, golden_record
 from sdrt.engines.halves import MixedGraph, make_mixed_graph
-from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder, read_onnx_folder
+from sdrt.engines.onnx_folder import OnnxFolder, read_onnx_folder
 from sdrt.engines.precision import choose_builder, choose_precision
 from sdrt.engines.profile import parse_profile
 from sdrt.engines.reference import golden_inputs
@@ -85,7 +85,7 @@ def _build(onnx_folder: Path, out: Path, options: BuildOptions, progress: Progre
         text_length=folder.model.text_length,
     )
     check_writable(out)
-    sources = [component_source(name, folder, profile) for name in FOLDER_OF]
+    sources = [component_source(name, folder, profile) for name in folder.components]
     store = Store()
     with staged_directory(out, overwrite=options.overwrite) as staged, _work_folder(staged) as work:
         mixed = (
@@ -154,6 +154,7 @@ def component_source(name: str, folder: OnnxFolder, profile: ShapeProfile) -> Co
         default_height=folder.model.default_height,
         default_width=folder.model.default_width,
         thresholding=read_thresholding(folder.model.scheduler_config),
+        depth_estimation=folder.model.depth_estimation,
     )
 
 

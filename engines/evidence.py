@@ -16,7 +16,7 @@ from sdrt.bundle import Bundle, GoldenRecord, Manifest, ParityRecord, record_fil
 from sdrt.cache import Store, cache_key
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.components import BuiltComponent
-from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder
+from sdrt.engines.onnx_folder import OnnxFolder
 from sdrt.engines.reference import Reference, find_reference, image_is_exported, runtime_bundle
 from sdrt.engines.seal import GoldenResult, check_component, check_image
 from sdrt.exported import GoldenRequest
@@ -150,7 +150,8 @@ def _write_image(reference: Reference, path: Path) -> None:
 
 def _evidence_key(subject: Subject, store: Store) -> str:
     folder, manifest = subject.folder, subject.manifest
-    golden = [folder.golden_path(name) for name in (*FOLDER_OF.values(), "image")] if folder.golden is not None else []
+    names = [] if folder.golden is None else [*folder.components.values(), "image"]
+    golden = [folder.golden_path(name) for name in names]
     exported = image_is_exported(folder, manifest.profile)
     return cache_key(
         stage="evidence",

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from sdrt.bundle import JsonValue, ModelRecord, NoiseAugmentation
+from sdrt.bundle import DepthEstimation, JsonValue, ModelRecord, NoiseAugmentation
+from sdrt.depth import PROCESSOR_FILE, read_depth_estimation
 from sdrt.engines.onnx_files import MODEL_NAME
 from sdrt.errors import CheckpointError
 from sdrt.exported import (
@@ -19,9 +20,19 @@ from sdrt.exported import (
     GoldenRequest,
     task_of_channels,
 )
-from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+from sdrt.runners.base import DEPTH_ESTIMATOR, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 
-FOLDER_OF = {TEXT_ENCODER: "text_encoder", STEP: "unet", VAE_DECODER: "vae_decoder", VAE_ENCODER: "vae_encoder"}
+FOLDER_OF = {
+    TEXT_ENCODER: "text_encoder",
+    STEP: "unet",
+    VAE_DECODER: "vae_decoder",
+    VAE_ENCODER: "vae_encoder",
+    DEPTH_ESTIMATOR: "depth_estimator",
+}
+# Which models have the components that not all have.
+OPTIONAL: Mapping[str, Callable[[ModelRecord], bool]] = {
+    DEPTH_ESTIMATOR: lambda model: model.depth_estimation is not None
+}
 _REEXPORT = "export the checkpoint again, or name the folder that holds model_index.json"
 
 
@@ -36,6 +47,13 @@ class OnnxFolder:
     model: ModelRecord
     reference: str | None
     golden: GoldenRequest | None
+
+    @property
+    def components(self) -> Mapping[str, str]:
+        """Those that the model has, and the folder of each."""
+        return {
+            name: folder for name, folder in FOLDER_OF.items() if name not in OPTIONAL or OPTIONAL[name](self.model)
+        }
 
     def onnx_path(self, component: str) -> Path:
         """The component's graph."""
@@ -54,16 +72,22 @@ def read_onnx_folder(path: Path) -> OnnxFolder:
     """Read the configs of an ONNX folder. CheckpointError: something is missing, damaged or of an unknown kind."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder", hint="name the folder of an exported model")
-    needed = [*(f"{folder}/{MODEL_NAME}" for folder in FOLDER_OF.values()), "tokenizer"]
-    if missing := [name for name in needed if not (path / name).exists()]:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}", hint=_REEXPORT)
+    always = [folder for name, folder in FOLDER_OF.items() if name not in OPTIONAL]
+    _check_there(path, [*(f"{folder}/{MODEL_NAME}" for folder in always), "tokenizer"])
     record = _read_export_record(path)
-    return OnnxFolder(
+    read = OnnxFolder(
         path=path,
         model=_model_of_configs(path) if record is None else record.model,
         reference=None if record is None else record.reference,
         golden=None if record is None else record.golden,
     )
+    _check_there(path, [f"{folder}/{MODEL_NAME}" for folder in read.components.values()])
+    return read
+
+
+def _check_there(path: Path, needed: Sequence[str]) -> None:
+    if missing := [name for name in needed if not (path / name).exists()]:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}", hint=_REEXPORT)
 
 
 def _read_export_record(path: Path) -> ExportRecord | None:
@@ -102,6 +126,7 @@ def _model_of_configs(path: Path) -> ModelRecord:
         vae_downsample=vae_downsample,
         size_multiple=vae_downsample * 2 ** (levels - 1),
         noise_augmentation=_noise_augmentation(path),
+        depth_estimation=_depth_estimation(path),
         vae_scaling_factor=float(scaling),
         prompt_embeds_dim=_whole(unet, "cross_attention_dim", unet_file),
         text_length=_text_length(path),
@@ -123,11 +148,20 @@ def _noise_augmentation(path: Path) -> NoiseAugmentation | None:
     return NoiseAugmentation(scheduler_config=dict(_read_json(file)), max_noise_level=level)
 
 
+def _depth_estimation(path: Path) -> DepthEstimation | None:
+    """What the folder's depth estimator is given; None where the folder holds none."""
+    folder = path / FOLDER_OF[DEPTH_ESTIMATOR]
+    if not (folder / MODEL_NAME).exists():
+        return None
+    file = path / PROCESSOR_FILE
+    return read_depth_estimation(_read_json(file), _read_json(folder / "config.json"), str(file))
+
+
 def _identity(path: Path) -> str:
     """sha256 over the model's configs and graphs. The weights themselves enter the cache keys."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")):
-        if file.name in (MODEL_NAME, "config.json", "scheduler_config.json"):
+        if file.name in (MODEL_NAME, "config.json", "scheduler_config.json", "preprocessor_config.json"):
             digest.update(file.relative_to(path).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 

@@ -15,7 +15,7 @@ from sdrt.engines.base import ComponentSource
 from sdrt.engines.step_graph import PREFIX, TIMESTEP
 from sdrt.errors import BackendError, BuildError, OutputError
 from sdrt.progress import Progress, silent
-from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+from sdrt.runners.base import DEPTH_ESTIMATOR, IN_FLOAT32, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 from sdrt.step_border import ALL_STEP_INPUTS, fixed_sizes
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ class OpenVinoBuilder:
                 f"OpenVINO cannot build {source.name}: {_first_line(error)}",
                 hint="try --backend onnxruntime, or export the checkpoint again",
             ) from error
-        # bf16 keeps 8 of float16's 11 bits; the text encoder is computed in float32.
-        compress = precision == "bf16" and source.name != TEXT_ENCODER
+        # bf16 keeps 8 of float16's 11 bits; what is computed in float32 keeps its weights whole.
+        compress = precision == "bf16" and source.name not in IN_FLOAT32
         exact = _float32_constants(model, kept) if compress else {}
         try:
             openvino.save_model(model, folder / MODEL_NAME, compress_to_fp16=compress)
@@ -125,8 +125,15 @@ def _dimensions(source: ComponentSource) -> Mapping[str, tuple[int | None, ...]]
         VAE_DECODER: {"latent_sample": (None, channels, None, None)},
         VAE_ENCODER: {"sample": (None, 3, None, None)},
         STEP: _step_dimensions(source),
+        DEPTH_ESTIMATOR: {"pixel_values": (1, 3, *_depth_sides(source))},
     }
     return by_component[source.name]
+
+
+def _depth_sides(source: ComponentSource) -> tuple[int | None, int | None]:
+    """Of what the depth estimator is given: fixed, unless it takes any size."""
+    estimation = source.depth_estimation
+    return (None, None) if estimation is None or estimation.takes is None else estimation.takes
 
 
 def _step_dimensions(source: ComponentSource) -> dict[str, tuple[int | None, ...]]:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from sdrt.bundle import ShapeProfile, TensorSpec
+from sdrt.depth import input_bounds, input_size
 from sdrt.engines.base import ComponentSource
 from sdrt.errors import BuildError
-from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER
+from sdrt.runners.base import DEPTH_ESTIMATOR, STEP, TEXT_ENCODER, VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER
 from sdrt.step_border import ALL_STEP_INPUTS
 from sdrt.vae import tile_for
 
@@ -19,6 +20,7 @@ _DIMENSIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
         VAE_DECODER: {"latent_sample": ("batch", "channels", "height", "width")},
         VAE_DECODER_FLOAT32: {"latent_sample": ("batch", "channels", "height", "width")},
         VAE_ENCODER: {"sample": ("batch", "channels", "height", "width")},
+        DEPTH_ESTIMATOR: {"pixel_values": ("batch", "channels", "height", "width")},
         STEP: {name: entry.dimensions for name, entry in ALL_STEP_INPUTS.items()},
     }
 )
@@ -46,7 +48,8 @@ def optimization_profiles(source: ComponentSource, inputs: Sequence[TensorSpec])
     - text encoder: one prompt at a time, of the model's length;
     - step: a bundle for a list of sizes has a profile for each of the first `HOT_SIZES`; one for a range has one for
       the model's own size; the last profile covers everything;
-    - VAE: one image, or one tile of it, at a time.
+    - VAE: one image, or one tile of it, at a time;
+    - depth estimator: one image, of all the sizes that the bundle's images are brought to before it.
 
     A bundle for one size and one image at a time has static profiles alone: with and without guidance.
     BuildError: an input is not known, or has another number of dimensions.
@@ -61,6 +64,8 @@ def _ranges(source: ComponentSource) -> list[dict[str, Range]]:
         return [length | {"batch": _fixed(1)}]
     if source.name in (VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER):
         return [_vae_ranges(source)]
+    if source.name == DEPTH_ESTIMATOR:
+        return [_depth_ranges(source)]
     if source.name != STEP:
         raise BuildError(f"{source.name} is no component that TensorRT builds", hint="update sdrt")
     general = length | _sides(source, profile.minimum, profile.maximum)
@@ -104,6 +109,19 @@ def _vae_ranges(source: ComponentSource) -> dict[str, Range]:
     for name, preferred, largest in zip(("height", "width"), own, profile.maximum, strict=True):
         most = min(tile, largest // factor)
         ranges[name] = Range(minimum=fine, optimum=min(preferred // factor, most) * fine, maximum=most * fine)
+    return ranges
+
+
+def _depth_ranges(source: ComponentSource) -> dict[str, Range]:
+    """All that the bundle's images may become; tuned for one of the model's own size."""
+    estimation, profile = source.depth_estimation, source.profile
+    ranges = {"batch": _fixed(1)}
+    if estimation is None or estimation.takes is not None:
+        return ranges  # the graph itself says how large its input is
+    least, most = input_bounds(estimation, profile.minimum, profile.maximum)
+    own = input_size(estimation, source.default_height, source.default_width)
+    for name, low, preferred, high in zip(("height", "width"), least, own, most, strict=True):
+        ranges[name] = Range(minimum=low, optimum=min(max(preferred, low), high), maximum=high)
     return ranges
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sdrt.bundle import BackendRecord, Bundle, Manifest, Precision, ShapeProfile
+from sdrt.depth import input_size
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.components import build_component
 from sdrt.engines.onnx_files import lend_file
-from sdrt.engines.onnx_folder import FOLDER_OF, OnnxFolder
+from sdrt.engines.onnx_folder import OnnxFolder
 from sdrt.engines.onnx_session import run_onnx
 from sdrt.engines.onnxruntime import OnnxRuntimeBuilder
 from sdrt.engines.seal import GoldenResult, make_image, read_golden, read_golden_image
@@ -21,7 +22,7 @@ from sdrt.errors import BuildError
 from sdrt.exported import GoldenRequest
 from sdrt.golden import NOISE_LEVEL
 from sdrt.runners import open_runner
-from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array
+from sdrt.runners.base import DEPTH_ESTIMATOR, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array
 
 _TIMESTEP = 981.0  # large and odd: low precision shows here first
 _PROMPT, _SEED, _STEPS, _GUIDANCE_SCALE = "a red circle on a white background", 0, 4, 5.0
@@ -52,7 +53,7 @@ def find_reference(
     """
     request = _request(folder, manifest.profile)
     if folder.golden is not None:
-        results = {component: read_golden(folder.golden_path(name)) for component, name in FOLDER_OF.items()}
+        results = {component: read_golden(folder.golden_path(name)) for component, name in folder.components.items()}
     else:
         results = {
             component: GoldenResult(inputs=inputs, outputs=_evaluate(folder.onnx_path(component), inputs, threads))
@@ -72,7 +73,9 @@ def find_reference(
 def golden_inputs(folder: OnnxFolder, profile: ShapeProfile) -> dict[str, Mapping[str, Array]]:
     """What each component is measured on: the exporter's golden inputs, else inputs drawn here. Raises BuildError."""
     if folder.golden is not None:
-        return {component: read_golden(folder.golden_path(name)).inputs for component, name in FOLDER_OF.items()}
+        return {
+            component: read_golden(folder.golden_path(name)).inputs for component, name in folder.components.items()
+        }
     return _component_feeds(folder, _request(folder, profile))
 
 
@@ -122,12 +125,18 @@ def _component_feeds(folder: OnnxFolder, request: GoldenRequest) -> dict[str, Ma
     }
     if model.noise_augmentation is not None:
         step[CLASS_LABELS] = np.array([NOISE_LEVEL])
-    return {
+    feeds: dict[str, Mapping[str, Array]] = {
         TEXT_ENCODER: {"input_ids": random.integers(0, _vocabulary(folder), (1, folder.model.text_length))},
         STEP: step,
         VAE_DECODER: {"latent_sample": normal(*latents)},
         VAE_ENCODER: {"sample": normal(1, 3, request.height, request.width).clip(-1, 1)},
     }
+    if (estimation := model.depth_estimation) is not None:
+        size = input_size(estimation, request.height, request.width)
+        feeds[DEPTH_ESTIMATOR] = {
+            "pixel_values": normal(1, 3, *(size if estimation.takes is None else estimation.takes))
+        }
+    return feeds
 
 
 def _vocabulary(folder: OnnxFolder) -> int:

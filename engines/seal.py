@@ -18,16 +18,26 @@ from sdrt.golden import golden_fields
 from sdrt.parity import image_parity, max_relative, meets
 from sdrt.pipeline import Pipeline
 from sdrt.request import Request
-from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array, FloatArray, Runner
+from sdrt.runners.base import (
+    DEPTH_ESTIMATOR,
+    IN_FLOAT32,
+    STEP,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Array,
+    FloatArray,
+    Runner,
+)
 
-# Largest error relative to the largest value. In bf16 the text encoder stays in float32, and a timestep that is
+# Largest error relative to the largest value. In bf16 what runs once stays in float32, and a timestep that is
 # rounded to bf16 costs a step more than its bound.
 FLOAT32_BOUND = 2e-4
 BF16_BOUNDS: Mapping[str, float] = MappingProxyType(
-    {TEXT_ENCODER: FLOAT32_BOUND, STEP: 3e-2, VAE_DECODER: 5e-2, VAE_ENCODER: 5e-2}
+    {**dict.fromkeys(IN_FLOAT32, FLOAT32_BOUND), STEP: 3e-2, VAE_DECODER: 5e-2, VAE_ENCODER: 5e-2}
 )
 FP16_BOUNDS: Mapping[str, float] = MappingProxyType(
-    {TEXT_ENCODER: 1e-2, STEP: 1e-2, VAE_DECODER: 2e-2, VAE_ENCODER: 2e-2}
+    {TEXT_ENCODER: 1e-2, DEPTH_ESTIMATOR: 1e-2, STEP: 1e-2, VAE_DECODER: 2e-2, VAE_ENCODER: 2e-2}
 )
 IMAGE_LEVELS = 1  # of 255, in float32
 IMAGE_PSNR_DB = 35.0  # in bf16 and fp16
@@ -148,7 +158,13 @@ def step_feeds(inputs: Mapping[str, Array], slots: int, channels: int) -> dict[s
 def make_image(bundle: Bundle, runner: Runner, request: GoldenRequest) -> npt.NDArray[np.uint8]:
     """The golden request's image as this runtime makes it, uint8 [H, W, 3]."""
     model = bundle.manifest.model
-    brought: Mapping[str, Any] = golden_fields(model.task, request.height, request.width, model.vae_downsample)
+    brought: Mapping[str, Any] = golden_fields(
+        model.task,
+        request.height,
+        request.width,
+        model.vae_downsample,
+        estimates_depth=model.depth_estimation is not None,
+    )
     result = Pipeline(bundle, runner).generate(
         Request(
             prompt=request.prompt,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sdrt.bundle import ModelRecord, ModelTask, NoiseAugmentation
+from sdrt.bundle import DepthEstimation, ModelRecord, ModelTask, NoiseAugmentation
 from sdrt.cache import Store, cache_key
+from sdrt.depth import PROCESSOR_FILE, read_depth_estimation
 from sdrt.errors import CheckpointError
 from sdrt.exported import MAX_NOISE_LEVEL, task_of_channels
 from sdrt.plan.catalog import FAMILIES
@@ -18,6 +19,9 @@ COMPONENT_CLASSES: Mapping[str, str] = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
 }
+# Components that a checkpoint may be without, and the files that decide with them what they do.
+OPTIONAL_CLASSES: Mapping[str, str] = {"depth_estimator": "DPTForDepthEstimation"}
+_COMPANIONS: Mapping[str, tuple[str, ...]] = {"depth_estimator": (PROCESSOR_FILE,)}
 # Which checkpoints each pipeline class is saved with: those of text-to-image do for any whose UNet needs no more.
 SUPPORTED_PIPELINES: Mapping[str, tuple[ModelTask, ...]] = {
     "StableDiffusionPipeline": ("text-to-image",),
@@ -69,6 +73,7 @@ class Checkpoint:
     scheduler_class: str
     scheduler_config: Mapping[str, Any]
     noise_augmentation: NoiseAugmentation | None = None
+    depth_estimation: DepthEstimation | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -118,8 +123,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint at {path}", hint="check the path; it must be a diffusers folder")
     index = _read_json(path / "model_index.json")
     _check_pipeline(path, index)
-    configs = {name: _read_json(_component_folder(path, name) / "config.json") for name in COMPONENT_CLASSES}
-    located = {name: _locate_weights(_component_folder(path, name)) for name in COMPONENT_CLASSES}
+    components = (*COMPONENT_CLASSES, *_present_options(path, index))
+    configs = {name: _read_json(_component_folder(path, name) / "config.json") for name in components}
+    located = {name: _locate_weights(_component_folder(path, name)) for name in components}
     scheduler = _read_json(_component_folder(path, "scheduler") / "scheduler_config.json")
     checkpoint = Checkpoint(
         path=path,
@@ -130,6 +136,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         scheduler_class=str(scheduler.get("_class_name", index["scheduler"][1])),
         scheduler_config=scheduler,
         noise_augmentation=_noise_augmentation(path, index),
+        depth_estimation=_depth_estimation(path, configs),
     )
     _check_tokenizer(path)
     _check_unet(checkpoint)
@@ -138,8 +145,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def component_hashes(checkpoint: Checkpoint, component: str, store: Store) -> dict[str, str]:
-    """File name → sha256 of a component's config and weights."""
-    files = (checkpoint.path / component / "config.json", *checkpoint.weights[component])
+    """File name → sha256 of a component's config, its weights, and what else decides how it is exported."""
+    companions = (checkpoint.path / name for name in _COMPANIONS.get(component, ()))
+    files = (checkpoint.path / component / "config.json", *checkpoint.weights[component], *companions)
     return {path.name: store.sha256(path) for path in files}
 
 
@@ -150,7 +158,7 @@ def identity_of(checkpoint: Checkpoint, store: Store) -> str:
     others = {path.relative_to(checkpoint.path).as_posix(): store.sha256(path) for path in files}
     if checkpoint.noise_augmentation is not None:
         others["low_res_scheduler"] = store.sha256(checkpoint.path / "low_res_scheduler" / "scheduler_config.json")
-    for name in COMPONENT_CLASSES:
+    for name in checkpoint.weights:
         hashes = component_hashes(checkpoint, name, store)
         others |= {f"{name}/{file}": digest for file, digest in hashes.items()}
     return cache_key(files={**others})
@@ -175,6 +183,7 @@ def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
         scheduler_class=checkpoint.scheduler_class,
         scheduler_config=_as_the_pipeline_sets_it(checkpoint),
         noise_augmentation=checkpoint.noise_augmentation,
+        depth_estimation=checkpoint.depth_estimation,
     )
 
 
@@ -213,6 +222,30 @@ def _noise_augmentation(path: Path, index: Mapping[str, Any]) -> NoiseAugmentati
     config = _read_json(_component_folder(path, "low_res_scheduler") / "scheduler_config.json")
     return NoiseAugmentation(
         scheduler_config=config, max_noise_level=int(index.get("max_noise_level", MAX_NOISE_LEVEL))
+    )
+
+
+def _present_options(path: Path, index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The components of `OPTIONAL_CLASSES` that the checkpoint has. Raises CheckpointError for another class."""
+    present = []
+    for name, known in OPTIONAL_CLASSES.items():
+        entry = index.get(name)
+        kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        if kind is None:
+            continue
+        if kind != known:
+            hint = f"to do without it, set {name} to [null, null] in model_index.json"
+            raise CheckpointError(f"the {name} of {path} is a {kind}, not a {known}", hint=hint)
+        present.append(name)
+    return tuple(present)
+
+
+def _depth_estimation(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> DepthEstimation | None:
+    """What the checkpoint's depth estimator is given; None where it has none."""
+    if "depth_estimator" not in configs:
+        return None
+    return read_depth_estimation(
+        _read_json(path / PROCESSOR_FILE), configs["depth_estimator"], str(path / PROCESSOR_FILE)
     )
 
 

@@ -8,10 +8,13 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from sdrt.bundle import DepthEstimation
+from sdrt.errors import ExportError
 from sdrt.export.checkpoint import COMPONENT_CLASSES, Checkpoint
 
 MAX_BATCH = 63  # torch.export specialises a traced batch at 64
 MAX_LATENT_SIDE = 1024
+_LEAST_DEPTH_SIDE = 28  # pixels: two of the largest patches in use
 _MORE_THAN_ANY_SIDE_HAS = 20  # doublings
 
 
@@ -81,6 +84,19 @@ class VaeEncoder(nn.Module):
         return out
 
 
+class DepthEstimator(nn.Module):
+    """pixel_values [1, 3, H, W], as the checkpoint's image processor makes it → predicted_depth [1, H', W']."""
+
+    def __init__(self, depth_estimator: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = depth_estimator
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """How near each place is: larger is nearer."""
+        depth: torch.Tensor = self.wrapped(pixel_values=pixel_values).predicted_depth
+        return depth
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentSpec:
     """How one component is loaded, traced and checked.
@@ -110,6 +126,62 @@ def _load_text_encoder(checkpoint: Checkpoint) -> nn.Module:
         attn_implementation="eager",
     )
     return TextEncoder(model.eval())
+
+
+def load_depth_estimator(checkpoint: Checkpoint) -> nn.Module:
+    """The checkpoint's depth estimator in float32, as transformers makes it. Raises ExportError."""
+    from transformers import DPTForDepthEstimation
+
+    try:
+        model: nn.Module = DPTForDepthEstimation.from_pretrained(
+            checkpoint.path / "depth_estimator",
+            dtype=torch.float32,
+            variant=checkpoint.variant["depth_estimator"],
+            use_safetensors=True,
+            local_files_only=True,
+            attn_implementation="eager",
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        hint = "to do without it, set depth_estimator to [null, null] in model_index.json"
+        raise ExportError(f"transformers cannot load the depth estimator: {first}", hint=hint) from error
+    return model.eval()
+
+
+def load_depth_pair(checkpoint: Checkpoint) -> tuple[nn.Module, object]:
+    """The checkpoint's depth estimator and its image processor, as transformers makes them. Raises ExportError."""
+    # By this name: the processor that needs torchvision resizes a little differently.
+    from transformers import DPTImageProcessorPil
+
+    return load_depth_estimator(checkpoint), DPTImageProcessorPil.from_pretrained(
+        checkpoint.path / "feature_extractor", local_files_only=True
+    )
+
+
+def _depth_estimator_to_trace(checkpoint: Checkpoint) -> nn.Module:
+    """With the weights of BiT's convolutions standardised once, and not at every call, which engines do not build."""
+    from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
+
+    model = load_depth_estimator(checkpoint)
+    for layer in model.modules():
+        if isinstance(layer, WeightStandardizedConv2d):
+            _standardise(layer)
+    return DepthEstimator(model)
+
+
+def _standardise(layer: Any) -> None:  # noqa: ANN401  (a class that transformers does not export)
+    flat = layer.weight.detach().reshape(layer.out_channels, -1).double()
+    normal = (flat - flat.mean(1, keepdim=True)) / torch.sqrt(flat.var(1, keepdim=True, unbiased=False) + layer.eps)
+    layer.weight = nn.Parameter(normal.reshape(layer.weight.shape).float(), requires_grad=False)
+
+    def forward(hidden_state: torch.Tensor) -> torch.Tensor:
+        padded = hidden_state if layer.pad is None else layer.pad(hidden_state)
+        result: torch.Tensor = nn.functional.conv2d(
+            padded, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
+        )
+        return result
+
+    layer.forward = forward
 
 
 def load_component(checkpoint: Checkpoint, folder: str) -> nn.Module:
@@ -165,6 +237,42 @@ def _image_examples(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict
     batch, height, width = shape
     factor = 8 * checkpoint.vae_downsample
     return {"sample": torch.rand((batch, 3, height * factor, width * factor), generator=_generator()) * 2 - 1}
+
+
+def _depth_examples(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    """Soft shapes, as pictures have, in thirds of the processor's size; other ones where the size is fixed."""
+    estimation = _estimation(checkpoint)
+    _, rows, columns = shape
+    size = estimation.takes
+    if size is None:
+        multiple, least = _depth_grid(estimation)
+        thirds = (estimation.height * rows // 3, estimation.width * columns // 3)
+        size = (max(thirds[0] // multiple, least) * multiple, max(thirds[1] // multiple, least) * multiple)
+    generator = torch.Generator("cpu").manual_seed(rows)
+    coarse = torch.rand((1, 3, 2 + rows, 2 + columns), generator=generator) * 2 - 1
+    return {"pixel_values": nn.functional.interpolate(coarse, size=size, mode="bilinear")}
+
+
+def _depth_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
+    estimation = _estimation(checkpoint)
+    if estimation.takes is not None:
+        return {"pixel_values": None}
+    multiple, least = _depth_grid(estimation)
+    most = 8 * MAX_LATENT_SIDE // multiple
+    rows, columns = (Dim(name, min=least, max=most) for name in ("rows", "columns"))
+    return {"pixel_values": {2: multiple * rows, 3: multiple * columns}}
+
+
+def _depth_grid(estimation: DepthEstimation) -> tuple[int, int]:
+    """What both sides of a depth estimator's input are a multiple of, and the least multiple."""
+    multiple = estimation.multiple_of if estimation.pad_to is None else estimation.pad_to
+    return multiple, max(-(-_LEAST_DEPTH_SIDE // multiple), 2)
+
+
+def _estimation(checkpoint: Checkpoint) -> DepthEstimation:
+    if checkpoint.depth_estimation is None:
+        raise ExportError(f"{checkpoint.path} has no depth estimator", hint="export its other components alone")
+    return checkpoint.depth_estimation
 
 
 def _text_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -238,6 +346,16 @@ COMPONENTS: Mapping[str, ComponentSpec] = {
             dynamic=_image_dynamic,
             traced_with=(2, 2, 3),
             checked_with=((1, 1, 2), (3, 2, 1)),
+        ),
+        ComponentSpec(
+            name="depth_estimator",
+            source="depth_estimator",
+            output="predicted_depth",
+            build=_depth_estimator_to_trace,
+            examples=_depth_examples,
+            dynamic=_depth_dynamic,
+            traced_with=(1, 2, 3),
+            checked_with=((1, 3, 2),),
         ),
     )
 }

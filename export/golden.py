@@ -63,7 +63,7 @@ def draw_reference(checkpoint: Checkpoint, request: GoldenRequest) -> npt.NDArra
     import torch
     from transformers import CLIPTextModel
 
-    from sdrt.export.components import load_component
+    from sdrt.export.components import load_component, load_depth_pair
 
     text_encoder = CLIPTextModel.from_pretrained(
         checkpoint.path / "text_encoder",
@@ -71,20 +71,30 @@ def draw_reference(checkpoint: Checkpoint, request: GoldenRequest) -> npt.NDArra
         variant=checkpoint.variant["text_encoder"],
         use_safetensors=True,
     )
+    estimates_depth = checkpoint.depth_estimation is not None
+    others = dict(_WITHOUT[checkpoint.task])
+    if estimates_depth:
+        others["depth_estimator"], others["feature_extractor"] = load_depth_pair(checkpoint)
     pipeline = getattr(diffusers, _PIPELINES[checkpoint.task]).from_pretrained(
         checkpoint.path,
         unet=load_component(checkpoint, "unet"),
         vae=load_component(checkpoint, "vae"),
         text_encoder=text_encoder.eval(),
         local_files_only=True,
-        **_WITHOUT[checkpoint.task],
+        **others,
     )
     pipeline.set_progress_bar_config(disable=True)
     arguments = {name: value for name, value in asdict(request).items() if name != "seed"}
     if checkpoint.task not in _TAKING_SIZES:
         del arguments["height"], arguments["width"]
     brought: dict[str, Any] = dict(
-        golden_fields(checkpoint.task, request.height, request.width, checkpoint.vae_downsample)
+        golden_fields(
+            checkpoint.task,
+            request.height,
+            request.width,
+            checkpoint.vae_downsample,
+            estimates_depth=estimates_depth,
+        )
     )
     if "depth_map" in brought:
         brought["depth_map"] = torch.from_numpy(brought["depth_map"])[None]

@@ -16,7 +16,13 @@ from sdrt.progress import Progress, silent
 from sdrt.runners.cpu import available_cores
 
 EXPORTER_VERSION = 3  # raise it when the same checkpoint would give other ONNX files
-SOURCES = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
+SOURCES = {
+    "text_encoder": "text_encoder",
+    "unet": "unet",
+    "vae_decoder": "vae",
+    "vae_encoder": "vae",
+    "depth_estimator": "depth_estimator",
+}
 _COPIED = ("tokenizer", "scheduler")
 
 
@@ -48,15 +54,16 @@ def export_model(
         golden=request,
     )
     cores = available_cores() if threads is None else threads
-    stages = [*SOURCES, "reference image"]
+    components = [name for name, source in SOURCES.items() if source in checkpoint.weights]
+    stages = [*components, "reference image"]
     with staged_directory(out, overwrite=overwrite) as staged:
         (staged / "golden").mkdir()
-        for done, name in enumerate(SOURCES):
+        for done, name in enumerate(components):
             progress(f"export {name}", done, len(stages))
             _place(store, _component_key(checkpoint, name, store), staged, _Exporting(checkpoint, name, cores))
-        progress("draw the reference image", len(SOURCES), len(stages))
+        progress("draw the reference image", len(components), len(stages))
         _place(store, _image_key(record), staged, _Drawing(checkpoint, request, cores))
-        for folder in (*_COPIED, *(["low_res_scheduler"] if checkpoint.noise_augmentation is not None else [])):
+        for folder in (*_COPIED, *_copied_where_there(checkpoint)):
             shutil.copytree(checkpoint.path / folder, staged / folder)
         shutil.copyfile(checkpoint.path / "model_index.json", staged / "model_index.json")
         if not linked:
@@ -64,6 +71,11 @@ def export_model(
         (staged / EXPORT_RECORD_NAME).write_bytes(msgspec.json.encode(record))
         progress("exported", len(stages), len(stages))
     return record
+
+
+def _copied_where_there(checkpoint: Checkpoint) -> list[str]:
+    owners = {"low_res_scheduler": checkpoint.noise_augmentation, "feature_extractor": checkpoint.depth_estimation}
+    return [folder for folder, owner in owners.items() if owner is not None]
 
 
 class _Exporting:

@@ -145,10 +145,32 @@ class NoiseAugmentation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DepthEstimation:
+    """How a picture becomes what the checkpoint's depth estimator takes; `sdrt.depth` reads and follows it.
+
+    It is resized to height and width with the filter `resample` (of PIL), both sides a multiple of `multiple_of`; with
+    keep_aspect_ratio only one of them is met. Each channel is then (pixel · scale - mean) / std, and zeros around it
+    bring both sides to a multiple of `pad_to`. takes: the only (height, width) that the estimator takes; None: any.
+    """
+
+    height: int
+    width: int
+    keep_aspect_ratio: bool
+    multiple_of: int
+    resample: int
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    pad_to: int | None
+    takes: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecord:
     """What the runtime has to know of the checkpoint.
 
     conditioning_channels: how many channels the UNet takes beside the latents'. noise_augmentation: of upscaling.
+    depth_estimation: of depth-to-image, where the checkpoint brought a depth estimator.
     """
 
     name: str
@@ -166,6 +188,7 @@ class ModelRecord:
     scheduler_class: str
     scheduler_config: dict[str, Any]  # JSON values, as the checkpoint has them
     noise_augmentation: NoiseAugmentation | None = None
+    depth_estimation: DepthEstimation | None = None
 
     @property
     def lanes_per_image(self) -> int:
@@ -394,6 +417,8 @@ def _faults(manifest: Manifest) -> Iterator[str]:
     names = [component.name for component in manifest.components]
     if len(set(names)) != len(names):
         yield "two engines have one name"
+    if manifest.model.depth_estimation is not None and "depth_estimator" not in names:
+        yield "the model estimates depth, and there is no engine depth_estimator"
     for component in manifest.components:
         if not component.files:
             yield f"the engine {component.name} has no file"

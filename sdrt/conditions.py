@@ -22,10 +22,11 @@ class Start:
     """One image before its first step.
 
     latents: float32 [C, h, w]. conditioning: float32 [K, h, w], more channels for the network. class_label: for a
-    network that has classes.
+    network that has classes. warnings: what showed only when this was made.
     """
 
     latents: FloatArray
     conditioning: FloatArray | None = None
     known: Known | None = None
     class_label: int | None = None
+    warnings: tuple[str, ...] = ()

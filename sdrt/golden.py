@@ -13,8 +13,12 @@ IMAGE_GUIDANCE_SCALE = 1.5
 STRENGTH = 0.8
 
 
-def golden_fields(task: ModelTask, height: int, width: int, vae_downsample: int) -> Mapping[str, object]:
+def golden_fields(
+    task: ModelTask, height: int, width: int, vae_downsample: int, *, estimates_depth: bool = False
+) -> Mapping[str, object]:
     """Fields of `sdrt.request.Request` for an image of this size, in pixels; none for text-to-image.
+
+    estimates_depth: the checkpoint has a depth estimator, so that the image's depth is not given.
 
     They are those of the diffusers pipelines too, but for `depth_map`, which is float32 [H, W] here.
     """
@@ -25,6 +29,8 @@ def golden_fields(task: ModelTask, height: int, width: int, vae_downsample: int)
     if task == "inpainting":
         return {"image": image, "mask_image": Image.fromarray(np.where(_disc(height, width), 255, 0).astype(np.uint8))}
     if task == "depth-to-image":
+        if estimates_depth:
+            return {"image": image, "strength": STRENGTH}
         depth = np.linspace(0, 1, width, dtype=np.float32) + 2 * _disc(height, width).astype(np.float32)
         return {"image": image, "depth_map": depth, "strength": STRENGTH}
     if task == "editing":

@@ -2,18 +2,19 @@
 
 import hashlib
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from sdrt._version import VERSION
 from sdrt.bundle import Bundle, JsonValue
+from sdrt.depth import estimate_depth
 from sdrt.errors import RequestError
 from sdrt.guidance import Guidance, guidance_of
 from sdrt.image import from_pixels, to_images
@@ -24,12 +25,16 @@ from sdrt.runners import open_runner
 from sdrt.runners.base import VAE_DECODER_FLOAT32, FloatArray, Runner
 from sdrt.sizes import window_size
 from sdrt.step_batch import Faults, StepBatch, open_batch
-from sdrt.tasks.base import Encode, Preparation
+from sdrt.tasks.base import Preparation
+from sdrt.tasks.pictures import pixels_sha256
 from sdrt.text import PromptEncoder
 from sdrt.tokenizer import Tokenizer
 from sdrt.trajectory import Trajectory, start_trajectory
 from sdrt.vae import Posterior, Spare, decode_latents, encode_posterior, tile_for
 from sdrt.windows import Windows, windows_over
+
+Given = TypeVar("Given")
+Seen = TypeVar("Seen")
 
 _LONGEST_QUOTE = 200  # characters
 _OVERFLOWED = "the VAE overflowed in float16, so it decoded again in float32"
@@ -197,7 +202,8 @@ class Pipeline:
         shape = (model.latent_channels, request.height // side, request.width // side)
         windows = self._windows(request)
         trajectories = []
-        encode = _once(self._posterior)
+        encode = _once(_sample_key, self._posterior)
+        estimate = _once(_image_key, self._estimate_depth)
         for seed, variation in zip(request.seeds, request.variations, strict=True):
             generator = GENERATORS[request.generator](seed)
             preparation = Preparation(
@@ -205,6 +211,7 @@ class Pipeline:
                 generator=generator,
                 shape=shape,
                 encode=encode,
+                estimate_depth=estimate,
                 vary=_as_it_is if variation is None else variation.apply,
             )
             trajectories.append(
@@ -220,7 +227,7 @@ class Pipeline:
         return Prepared(
             request=request,
             trajectories=tuple(trajectories),
-            warnings=self._warnings(request),
+            warnings=self._warnings(request) + _odd(trajectories),
             text_encoder_seconds=embedded - began,
             vae_encoder_seconds=time.perf_counter() - embedded,
         )
@@ -291,6 +298,12 @@ class Pipeline:
             vae_downsample=model.vae_downsample,
             tile=self._tile,
         )
+
+    def _estimate_depth(self, image: Image.Image) -> FloatArray:
+        estimation = self.bundle.manifest.model.depth_estimation
+        if estimation is None:
+            raise RuntimeError("a task asked for depth of a bundle that estimates none")
+        return estimate_depth(self.runner, image, estimation)
 
     def decode(self, latents: FloatArray) -> tuple[Image.Image, ...]:
         """The images of scaled latents, float32 [B, C, h, w]. Raises RequestError for another shape or dtype."""
@@ -421,17 +434,30 @@ def _unused_without_guidance(request: ResolvedRequest) -> list[str]:
     return [f"{scale}, so {' and '.join(names)} did nothing"] if names else []
 
 
-def _once(encode: Encode) -> Encode:
-    """`encode` that looks at each image once, however many results begin with it."""
-    known: dict[bytes, Posterior] = {}
+def _once(key_of: Callable[[Given], bytes], look: Callable[[Given], Seen]) -> Callable[[Given], Seen]:
+    """`look` that looks at each image once, however many results begin with it."""
+    known: dict[bytes, Seen] = {}
 
-    def remembered(sample: FloatArray) -> Posterior:
-        key = hashlib.sha256(sample.tobytes()).digest()
+    def remembered(image: Given) -> Seen:
+        key = key_of(image)
         if key not in known:
-            known[key] = encode(sample)
+            known[key] = look(image)
         return known[key]
 
     return remembered
+
+
+def _sample_key(sample: FloatArray) -> bytes:
+    return hashlib.sha256(sample.tobytes()).digest()
+
+
+def _image_key(image: Image.Image) -> bytes:
+    return pixels_sha256(image).encode()
+
+
+def _odd(trajectories: Sequence[Trajectory]) -> tuple[str, ...]:
+    """What showed only when the images were begun; once, though it may be so for each."""
+    return tuple(dict.fromkeys(warning for path in trajectories for warning in path.start.warnings))
 
 
 def _as_it_is(noise: FloatArray) -> FloatArray:

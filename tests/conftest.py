@@ -26,10 +26,11 @@ def make_tiny_checkpoint(
     prediction_type: str = "epsilon",
     pipeline_class: str = "StableDiffusionPipeline",
     conditioning_channels: int = 0,
+    depth: str | None = None,
 ) -> Path:
     """A random checkpoint of Stable Diffusion's layout of a few hundred kilobytes, as a diffusers folder.
 
-    An upscaler has a VAE of factor 4 and classes.
+    An upscaler has a VAE of factor 4 and classes. depth: the kind of depth estimator, see `make_tiny_depth_estimator`.
     """
     import diffusers
     import torch
@@ -85,7 +86,8 @@ def make_tiny_checkpoint(
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    absent = {"depth_estimator": None} if "Depth" in pipeline_class else {"safety_checker": None}
+    estimator, processor = (None, None) if depth is None else make_tiny_depth_estimator(depth)
+    absent = {"depth_estimator": estimator} if "Depth" in pipeline_class else {"safety_checker": None}
     if upscaling:
         absent["low_res_scheduler"] = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     elif "Depth" not in pipeline_class:
@@ -96,11 +98,44 @@ def make_tiny_checkpoint(
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
-        feature_extractor=None,
+        feature_extractor=processor,
         **absent,
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def make_tiny_depth_estimator(kind: str):  # type: ignore[no-untyped-def]
+    """A random DPT and its image processor: "hybrid" (BiT and ViT, 64x64), "vit" (64x64) or "dinov2" (any size)."""
+    import torch
+    from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4}
+    options = {"fusion_hidden_size": 16, "neck_hidden_sizes": [8, 12, 16, 24], "is_hybrid": False}
+    processor = {"size": {"height": 64, "width": 64}, "resample": 3, "image_mean": [0.5, 0.4, 0.6]}
+    if kind == "dinov2":
+        names = [f"stage{number}" for number in range(1, 5)]
+        backbone = {"model_type": "dinov2", "image_size": 56, "patch_size": 14, "out_features": names}
+        options |= {"backbone": "dinov2", "backbone_config": {**backbone, **sizes, "reshape_hidden_states": False}}
+        processor |= {"keep_aspect_ratio": True, "do_pad": True, "size_divisor": 14}
+    else:
+        options |= {**sizes, "intermediate_size": 48, "image_size": 64, "patch_size": 16}
+        options["backbone_out_indices"] = [0, 1, 2, 3]
+    if kind == "hybrid":
+        widths = {"depths": [1, 1, 2], "hidden_sizes": [32, 64, 128], "embedding_size": 16, "num_groups": 8}
+        layout = {"layer_type": "bottleneck", "global_padding": "same", "embedding_dynamic_padding": True}
+        names = [f"stage{number}" for number in range(1, 4)]
+        options |= {"is_hybrid": True, "neck_hidden_sizes": [32, 64, 24, 24], "reassemble_factors": [1, 1, 1, 0.5]}
+        options |= {"backbone_featmap_shape": [1, 128, 4, 4]}
+        options |= {"backbone_config": {"model_type": "bit", "out_features": names, **widths, **layout}}
+    torch.manual_seed(5)
+    model = DPTForDepthEstimation(DPTConfig(**options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # as they are made, the depth would be about the same everywhere
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.2 * (parameter.numel() / len(parameter)) ** -0.5)
+        model.head.head[4].bias.fill_(1.0)
+    return model, DPTImageProcessorPil(**processor)
 
 
 def make_tiny_tokenizer(folder: Path):  # type: ignore[no-untyped-def]

@@ -18,7 +18,11 @@ TEXT_ENCODER = "text_encoder"
 STEP = "step"
 VAE_DECODER = "vae_decoder"
 VAE_ENCODER = "vae_encoder"
+DEPTH_ESTIMATOR = "depth_estimator"
 VAE_DECODER_FLOAT32 = "vae_decoder_float32"  # of FP16 bundles: what decodes again when the other one overflows
+
+# What a bf16 bundle computes in float32: it runs once a request, and its error would reach every step.
+IN_FLOAT32 = (TEXT_ENCODER, DEPTH_ESTIMATOR)
 
 
 class Runner(Protocol):
@@ -31,6 +35,8 @@ class Runner(Protocol):
     - `vae_decoder`: latent_sample float32 [B, C, h, w] → sample float32 [B, 3, H, W] in about [-1, 1]
     - `vae_decoder_float32`: the same, in bundles whose `vae_decoder` is not float32 throughout
     - `vae_encoder`: sample float32 [B, 3, H, W] → latent_parameters float32 [B, 2C, h, w] (mean, log-variance)
+    - `depth_estimator`: pixel_values float32 [1, 3, H, W] → predicted_depth float32 [1, H', W'], in bundles whose
+      checkpoint brought one
     """
 
     def run(self, component: str, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:

@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 
 from sdrt.errors import BackendError
-from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array, FloatArray
+from sdrt.runners.base import DEPTH_ESTIMATOR, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array, FloatArray
 from sdrt.step_border import fixed_sizes, step_inputs_of
 
 Fault = Callable[[str, Mapping[str, Array]], None]
@@ -112,6 +112,10 @@ class FakeRunner:
         mean = np.concatenate([blocks, blocks[:, :1]], axis=1)
         return {"latent_parameters": np.concatenate([mean, np.full_like(mean, -30.0)], axis=1)}
 
+    def _depth_estimator(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
+        _check_feeds("depth_estimator", feeds, {"pixel_values": ("f", (1, 3, None, None))})
+        return {"predicted_depth": feeds["pixel_values"].astype(np.float32).mean(1)}
+
 
 def _check_step(feeds: Mapping[str, Array], embeds_dim: int) -> None:
     requests, slots, channels, height, width = _shape(feeds, "state", 5)
@@ -193,4 +197,5 @@ _COMPONENTS: Mapping[str, Callable[[FakeRunner, Mapping[str, Array]], dict[str, 
     STEP: FakeRunner._step,
     VAE_DECODER: FakeRunner._vae_decoder,
     VAE_ENCODER: FakeRunner._vae_encoder,
+    DEPTH_ESTIMATOR: FakeRunner._depth_estimator,
 }

@@ -8,7 +8,7 @@ import numpy as np
 
 from sdrt.bundle import Bundle, ComponentRecord
 from sdrt.errors import BackendError
-from sdrt.runners.base import STEP, TEXT_ENCODER, VAE_DECODER, Array, FloatArray
+from sdrt.runners.base import IN_FLOAT32, STEP, TEXT_ENCODER, VAE_DECODER, Array, FloatArray
 from sdrt.runners.cpu import available_cores
 from sdrt.runners.feeds import asked_component, checked_feeds
 from sdrt.runners.usual import Shapes, usual_shapes
@@ -94,8 +94,7 @@ class OpenVinoRunner:
             raise BackendError(f"{path} needs more memory than there is", hint="free some memory") from error
 
     def _settings(self, component: str) -> dict[str, object]:
-        # The text encoder takes no time worth saving, and its error would reach every step.
-        half = self._bundle.manifest.precision == "bf16" and component != TEXT_ENCODER
+        half = self._bundle.manifest.precision == "bf16" and component not in IN_FLOAT32
         return {
             "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
             "PERFORMANCE_HINT": "LATENCY",

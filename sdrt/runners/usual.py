@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from sdrt.bundle import Bundle, ComponentRecord
-from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32
+from sdrt.runners.base import DEPTH_ESTIMATOR, VAE_DECODER, VAE_DECODER_FLOAT32
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -12,10 +12,11 @@ def usual_shapes(bundle: Bundle, component: ComponentRecord) -> Shapes | None:
     """The exact shape of every input in a usual run: one image, guided, at the bundle's only size.
 
     None for a bundle of several sizes or of batches, where no shape is usual, for a VAE that decodes its size in
-    tiles, and for inputs whose dimensions are not those of `docs/architecture.md`.
+    tiles, for the depth estimator, whose size is its own, and for inputs whose dimensions are not those of
+    `docs/architecture.md`.
     """
     profile, model = bundle.manifest.profile, bundle.manifest.model
-    if len(profile.sizes) != 1 or profile.max_batch != 1:
+    if len(profile.sizes) != 1 or profile.max_batch != 1 or component.name == DEPTH_ESTIMATOR:
         return None
     height, width = profile.sizes[0]
     decodes = component.name in (VAE_DECODER, VAE_DECODER_FLOAT32)

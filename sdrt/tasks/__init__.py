@@ -23,6 +23,7 @@ class TaskKind:
     """A task in the table: the checkpoints that do it, the fields that ask for it, and those that go with it.
 
     read: makes the task of a request that brings all of `needs`; it raises RequestError for values that cannot be.
+    able: which of those checkpoints have what it takes; lacking: what the others lack, in words.
     """
 
     name: TaskName
@@ -30,6 +31,12 @@ class TaskKind:
     needs: tuple[str, ...]
     takes: tuple[str, ...]
     read: Callable[[Request, ModelRecord], Task]
+    able: Callable[[ModelRecord], bool] = lambda _: True
+    lacking: str = ""
+
+    def is_done_by(self, model: ModelRecord) -> bool:
+        """Whether a checkpoint can do it in this way."""
+        return model.task in self.models and self.able(model)
 
 
 _MASKING = ("strength", "mask_mode", "mask_blur", "preserve")
@@ -64,6 +71,15 @@ KINDS: tuple[TaskKind, ...] = (
         read=read_depth_to_image,
     ),
     TaskKind(
+        name="depth-to-image",
+        models=("depth-to-image",),
+        needs=("image",),
+        takes=("strength",),
+        read=read_depth_to_image,
+        able=lambda model: model.depth_estimation is not None,
+        lacking="its checkpoint brought no depth estimator that could make one of the image",
+    ),
+    TaskKind(
         name="upscaling",
         models=("upscaling",),
         needs=("image",),
@@ -92,31 +108,37 @@ CHECKPOINTS: dict[ModelTask, str] = {
 
 def possible_tasks(model: ModelRecord) -> tuple[TaskName, ...]:
     """What a checkpoint can do."""
-    return tuple(kind.name for kind in KINDS if model.task in kind.models)
+    return tuple(dict.fromkeys(kind.name for kind in KINDS if kind.is_done_by(model)))
 
 
 def read_task(request: Request, model: ModelRecord) -> Task:
     """The task that a request means. Raises RequestError where it means none that the model does."""
     given = [field for field in _FIELDS if getattr(request, field) is not None]
-    kinds = [kind for kind in KINDS if model.task in kind.models]
+    kinds = [kind for kind in KINDS if kind.is_done_by(model)]
     meant = next((kind for kind in kinds if set(kind.needs) <= set(given)), None)
     if meant is None:
-        least = kinds[-1]
-        missing = [field for field in least.needs if field not in given]
-        raise RequestError(
-            f"this bundle does {least.name}, and the request has no {' and no '.join(missing)}",
-            hint=f"give {' and '.join(missing)}; without, it takes {CHECKPOINTS['text-to-image']}",
-        )
+        raise _nothing_meant(given, kinds[-1], model)
     beside = [field for field in given if field not in (*meant.needs, *meant.takes)]
     if beside:
         raise _means_nothing(beside[0], given, meant, model)
     return meant.read(request, model)
 
 
+def _nothing_meant(given: list[str], least: TaskKind, model: ModelRecord) -> RequestError:
+    """The error of a request that lacks what even the least asked-for task of its bundle needs."""
+    missing = [field for field in least.needs if field not in given]
+    nearly = [kind for kind in KINDS if model.task in kind.models and set(kind.needs) <= set(given)]
+    because = "".join(f"; {kind.lacking}" for kind in nearly)
+    return RequestError(
+        f"this bundle does {least.name}, and the request has no {' and no '.join(missing)}{because}",
+        hint=f"give {' and '.join(missing)}; without, it takes {CHECKPOINTS['text-to-image']}",
+    )
+
+
 def _means_nothing(field: str, given: list[str], meant: TaskKind, model: ModelRecord) -> RequestError:
     """The error of a field that has no meaning in the task that the others ask for."""
     able = [kind for kind in KINDS if field in (*kind.needs, *kind.takes)]
-    here = [kind for kind in able if model.task in kind.models]
+    here = [kind for kind in able if kind.is_done_by(model)]
     if not here:
         needed = CHECKPOINTS[able[0].models[0]]
         return RequestError(f"{field} is for {able[0].name}, which this bundle cannot do", hint=f"it takes {needed}")

@@ -18,6 +18,7 @@ TaskName = Literal[
     "text-to-image", "image-to-image", "inpainting", "outpainting", "upscaling", "depth-to-image", "editing"
 ]
 Encode = Callable[[FloatArray], Posterior]
+EstimateDepth = Callable[[Image.Image], FloatArray]
 Vary = Callable[[FloatArray], FloatArray]
 
 
@@ -27,6 +28,7 @@ class Preparation:
 
     generator: whose next numbers are the image's own, to be drawn in the reference's order. shape: (C, h, w) of the
     latents. encode: the bundle's VAE encoder, for samples float32 [1, 3, H, W] in [-1, 1]; it draws nothing.
+    estimate_depth: the bundle's depth estimator, for RGB images: float32 [H', W'] of its own size; it draws nothing.
     vary: what becomes of the noise that the latents begin with, where a variation is asked for.
     """
 
@@ -34,6 +36,7 @@ class Preparation:
     generator: Generator
     shape: tuple[int, int, int]
     encode: Encode
+    estimate_depth: EstimateDepth
     vary: Vary
 
     def numbers(self) -> FloatArray:

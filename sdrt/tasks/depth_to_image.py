@@ -1,6 +1,7 @@
 """Depth-to-image: a network that sees how near each place is draws what is there (Rombach et al. 2022, layout of 2.0).
 
-The depth is one more channel, brought to the latents' size and to [-1, 1] image by image.
+The depth is one more channel, brought to the latents' size and to [-1, 1] image by image. It is given, or estimated
+from the image where the checkpoint brought an estimator.
 """
 
 from collections.abc import Mapping
@@ -10,9 +11,10 @@ from typing import ClassVar, Self
 import numpy as np
 from PIL import Image
 
-from sdrt.bundle import JsonValue, ModelRecord
+from sdrt.bundle import DepthEstimation, JsonValue, ModelRecord
 from sdrt.checks import shown
 from sdrt.conditions import Start
+from sdrt.depth import check_estimable
 from sdrt.errors import RequestError
 from sdrt.plan import SamplingPlan
 from sdrt.request import Request
@@ -23,20 +25,23 @@ from sdrt.tasks.image_to_image import check_noised, check_strength, first_step_o
 from sdrt.tasks.resampling import bicubic
 
 DEFAULT_STRENGTH = 0.8
+_FLAT = "the depth is the same everywhere: all of it counts as far"
 _SHAPE_TOLERANCE = 0.02  # between the shapes of image and depth: estimators round sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DepthToImage:
-    """See `Task`. depth: float32 [H, W], larger is nearer. image: RGB, or None to begin with noise.
+    """See `Task`. depth: float32 [H, W], larger is nearer; None: as `estimation` makes it of the image.
 
-    strength: the share of the steps that run; 1 without an image. image_sha256, depth_sha256: as given.
+    image: RGB, or None to begin with noise. strength: the share of the steps that run; 1 without an image.
+    image_sha256, depth_sha256: as given.
     """
 
     name: ClassVar[TaskName] = "depth-to-image"
     windowed: ClassVar[bool] = False
-    depth: FloatArray
-    depth_sha256: str
+    depth: FloatArray | None
+    depth_sha256: str | None
+    estimation: DepthEstimation | None
     image: Image.Image | None
     image_sha256: str | None
     strength: float
@@ -47,8 +52,11 @@ class DepthToImage:
         return None if self.image is None else (self.image.height, self.image.width)
 
     def resized(self, height: int, width: int) -> Self:
-        """With the image in this size. The depth is brought to that of the latents later, from what was given."""
-        _check_shape(self.depth, height, width)
+        """With the image in this size. The depth is brought to that of the latents later, from what it was."""
+        if self.depth is not None:
+            _check_shape(self.depth, height, width)
+        elif self.estimation is not None:
+            check_estimable(self.estimation, height, width)
         return self if self.image is None else replace(self, image=pictures.resize(self.image, height, width))
 
     def check_plan(self, plan: SamplingPlan) -> None:
@@ -62,30 +70,43 @@ class DepthToImage:
 
     def start(self, preparation: Preparation) -> Start:
         """The image's latents with noise, or noise alone; both drawn as in the reference."""
-        conditioning = normalised(bicubic(self.depth, *preparation.shape[1:]))[None]
+        depth = self._depth(preparation)
         if self.image is None:
-            return Start(latents=preparation.only_noise(preparation.noise()), conditioning=conditioning)
-        known = preparation.latents_of(pictures.to_sample(self.image))
-        return Start(latents=preparation.with_noise(known, preparation.noise()), conditioning=conditioning)
+            latents = preparation.only_noise(preparation.noise())
+        else:
+            known = preparation.latents_of(pictures.to_sample(self.image))
+            latents = preparation.with_noise(known, preparation.noise())
+        return Start(
+            latents=latents,
+            conditioning=normalised(bicubic(depth, *preparation.shape[1:]))[None],
+            warnings=(_FLAT,) if depth.min() == depth.max() else (),
+        )
 
     def finish(self, image: Image.Image) -> Image.Image:
         """The image is the result."""
         return image
 
     def warnings(self) -> tuple[str, ...]:
-        """A depth that says nothing."""
-        flat = self.depth.min() == self.depth.max()
-        return ("the depth map is the same everywhere: all of it counts as far",) if flat else ()
+        """None before the depth is there; see `start`."""
+        return ()
 
     def parameters(self) -> Mapping[str, JsonValue]:
         """The strength, and by which values depth and image can be known again."""
         image = {} if self.image is None else {"strength": self.strength, "image_sha256": self.image_sha256}
-        return {"depth_map_sha256": self.depth_sha256, **image}
+        depth: dict[str, JsonValue] = {} if self.depth is None else {"depth_map_sha256": self.depth_sha256}
+        return {**depth, **image}
+
+    def _depth(self, preparation: Preparation) -> FloatArray:
+        if self.depth is not None:
+            return self.depth
+        if self.image is None:
+            raise RuntimeError("a depth-to-image task has neither a depth map nor an image")
+        return preparation.estimate_depth(self.image)
 
 
 def read_depth_to_image(request: Request, model: ModelRecord) -> DepthToImage:
-    """The task of a request with a depth map. Raises RequestError."""
-    depth = pictures.check_depth("depth_map", request.depth_map)
+    """The task of a request with a depth map, or with an image whose depth is estimated. Raises RequestError."""
+    depth = None if request.depth_map is None else pictures.check_depth("depth_map", request.depth_map)
     image = None if request.image is None else pictures.check_picture("image", request.image)
     if image is None and request.strength is not None:
         raise RequestError(
@@ -93,7 +114,8 @@ def read_depth_to_image(request: Request, model: ModelRecord) -> DepthToImage:
         )
     return DepthToImage(
         depth=depth,
-        depth_sha256=pictures.values_sha256(depth),
+        depth_sha256=None if depth is None else pictures.values_sha256(depth),
+        estimation=model.depth_estimation if depth is None else None,
         image=image,
         image_sha256=None if image is None else pictures.pixels_sha256(image),
         strength=1.0 if image is None else check_strength(request.strength, DEFAULT_STRENGTH),
