@@ -17,7 +17,7 @@ from typing import Literal, Self
 from PIL import Image
 
 from sdrt.errors import BackendError, BusyError, Cancelled, RequestError
-from sdrt.pipeline import Pipeline, Prepared, Result
+from sdrt.pipeline import Followed, Pipeline, Prepared, Result
 from sdrt.request import Request
 from sdrt.resolution import ResolvedRequest
 from sdrt.step_batch import Faults, StepBatch, open_batch
@@ -99,6 +99,7 @@ class _Active:
     images: list[Image.Image] = field(default_factory=list)
     vae_decoder_seconds: float = 0.0
     float32_decodes: int = 0
+    followed: list[Followed] = field(default_factory=list)
 
     @property
     def size(self) -> Size:
@@ -106,7 +107,8 @@ class _Active:
 
     @property
     def finished(self) -> bool:
-        return all(trajectory.finished for trajectory in self.prepared.trajectories)
+        """Whether it takes part in no further step. Between two passes it keeps its places: it will step again."""
+        return self.prepared.finished and self.prepared.following is None
 
 
 def admit(waiting: Sequence[int], running: int, max_batch: int, *, undecoded: int = 0) -> int:
@@ -283,7 +285,7 @@ class Batcher:
             self._active.append(_Active(ticket=ticket, prepared=prepared, began=began))
 
     def _step(self) -> None:
-        stepping = [item for item in self._active if not item.finished]
+        stepping = [item for item in self._active if not item.prepared.finished]
         if not stepping:
             self._close_batches()
             return
@@ -343,9 +345,12 @@ class Batcher:
             self._drop_batch(size)
 
     def _decode(self) -> None:
-        """Decode one image, so that those which are still being denoised wait for no more than that."""
-        item = next((item for item in self._active if item.finished), None)
+        """Decode one image, or start it in its second pass: those being denoised wait for no more than that."""
+        item = next((item for item in self._active if item.prepared.finished), None)
         if item is None:
+            return
+        if item.prepared.following is not None:
+            self._follow(item)
             return
         began, decoded_before = time.perf_counter(), self._pipeline.float32_decodes
         try:
@@ -357,6 +362,16 @@ class Batcher:
         item.float32_decodes += self._pipeline.float32_decodes - decoded_before
         if len(item.images) == len(item.prepared.trajectories):
             self._leave(item, self._result(item))
+
+    def _follow(self, item: _Active) -> None:
+        """Start one image in the second pass; with the last one they all step on, in another size."""
+        try:
+            item.followed.append(self._pipeline.follow(item.prepared, len(item.followed)))
+        except Exception as error:  # a failed decode is this request's alone
+            self._leave(item, error)
+            return
+        if len(item.followed) == len(item.prepared.trajectories):
+            item.prepared = item.prepared.followed_by(item.followed)
 
     def _result(self, item: _Active) -> Result:
         return self._pipeline.finish(

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -25,7 +25,7 @@ from sdrt.runners import open_runner
 from sdrt.runners.base import VAE_DECODER_FLOAT32, FloatArray, Runner
 from sdrt.sizes import window_size
 from sdrt.step_batch import Faults, StepBatch, open_batch
-from sdrt.tasks.base import Preparation
+from sdrt.tasks.base import Drawn, Encode, EstimateDepth, Preparation
 from sdrt.tasks.pictures import pixels_sha256
 from sdrt.text import PromptEncoder
 from sdrt.tokenizer import Tokenizer
@@ -44,6 +44,7 @@ _OVERFLOWED = "the VAE overflowed in float16, so it decoded again in float32"
 class Timings:
     """Where the time of one request went, in seconds. One entry of `step_seconds` is one network evaluation.
 
+    A second pass counts where the first does: its steps after the first one's, what enlarges pixels as the VAE's.
     gap_seconds: how long in all a GPU waited for the host between steps; None where nothing measures that.
     """
 
@@ -77,12 +78,14 @@ class Result:
     @property
     def saved_seconds(self) -> float | None:
         """About how much sooner it was done for its rows without guidance; None when there are none, or none guided."""
-        request, seconds = self.request, self.timings.step_seconds
-        guided = [seconds[row] for row in request.guided_rows]
-        plain = [second for row, second in enumerate(seconds) if row not in request.guided_rows]
-        if not guided or not plain:
-            return None
-        return len(plain) * (sum(guided) / len(guided)) - sum(plain)
+        seconds, saved = self.timings.step_seconds, []
+        for each in self.request.passes:
+            own, seconds = seconds[: len(each.plan)], seconds[len(each.plan) :]
+            guided = [own[row] for row in each.guided_rows]
+            plain = [second for row, second in enumerate(own) if row not in each.guided_rows]
+            if guided and plain:
+                saved.append(len(plain) * (sum(guided) / len(guided)) - sum(plain))
+        return sum(saved) if saved else None
 
     def parameters(self, index: int) -> dict[str, JsonValue]:
         """What makes image `index` again, alone: the request's fields with the image's own seed, and the bundle."""
@@ -107,16 +110,18 @@ class Result:
             "windowed": request.windowed,
             "task": request.task.name,
             **request.task.parameters(),
+            **({} if request.hires is None else request.hires.task.parameters()),
             **self.made_with,
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepEvent:
-    """One network evaluation of a request is done: `row` of `rows`. The last event carries the result.
+    """One network evaluation of a request is done: `row` of `rows`, of all passes. The last event carries the result.
 
-    latents: float32 [images, C, h, w] as they are now, unless they were not asked for. preview: when asked for, those
-    latents as images, at the scale in which the network sees them next: noise at first, the finished images at last.
+    latents: float32 [images, C, h, w] as they are now, unless they were not asked for; in a second pass larger ones.
+    preview: when asked for, those latents as images, at the scale in which the network sees them next: noise at first,
+    the finished images at last.
     """
 
     row: int
@@ -128,13 +133,53 @@ class StepEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prepared:
-    """A request before its first step: one trajectory for each image."""
+    """A request before the first step of a pass: one trajectory for each image.
+
+    following: the pass after this one; None in the last.
+    """
 
     request: ResolvedRequest
     trajectories: tuple[Trajectory, ...]
     warnings: tuple[str, ...]
     text_encoder_seconds: float
     vae_encoder_seconds: float
+    following: ResolvedRequest | None = None
+    vae_decoder_seconds: float = 0.0
+    float32_decodes: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every row of this pass has run."""
+        return all(trajectory.finished for trajectory in self.trajectories)
+
+    def followed_by(self, images: "Sequence[Followed]") -> "Prepared":
+        """The request before its second pass: every image of the first, in order."""
+        return replace(
+            self,
+            trajectories=tuple(image.trajectory for image in images),
+            following=None,
+            vae_encoder_seconds=self.vae_encoder_seconds + sum(image.vae_encoder_seconds for image in images),
+            vae_decoder_seconds=self.vae_decoder_seconds + sum(image.vae_decoder_seconds for image in images),
+            float32_decodes=self.float32_decodes + sum(image.float32_decodes for image in images),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Followed:
+    """One image before the first step of the second pass, and what it took to get there."""
+
+    trajectory: Trajectory
+    vae_encoder_seconds: float
+    vae_decoder_seconds: float
+    float32_decodes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Engines:
+    """What the beginning of an image may ask of the engines."""
+
+    encode: Encode
+    estimate_depth: EstimateDepth
 
 
 class Pipeline:
@@ -195,41 +240,44 @@ class Pipeline:
     def prepare(self, request: ResolvedRequest) -> Prepared:
         """Embed the prompts and start one trajectory for each image."""
         began = time.perf_counter()
-        model = self.bundle.manifest.model
         guidance = self._guidance(request)
         embedded = time.perf_counter()
-        side = model.vae_downsample
-        shape = (model.latent_channels, request.height // side, request.width // side)
-        windows = self._windows(request)
-        trajectories = []
-        encode = _once(_sample_key, self._posterior)
-        estimate = _once(_image_key, self._estimate_depth)
-        for seed, variation in zip(request.seeds, request.variations, strict=True):
-            generator = GENERATORS[request.generator](seed)
-            preparation = Preparation(
-                plan=request.plan,
-                generator=generator,
-                shape=shape,
-                encode=encode,
-                estimate_depth=estimate,
-                vary=_as_it_is if variation is None else variation.apply,
-            )
-            trajectories.append(
-                start_trajectory(
-                    plan=request.plan,
-                    guidance=guidance,
-                    generator=generator,
-                    slots=self.bundle.manifest.state_slots,
-                    start=request.task.start(preparation),
-                    windows=windows,
-                )
-            )
+        engines = _Engines(
+            encode=_once(_sample_key, self._posterior), estimate_depth=_once(_image_key, self._estimate_depth)
+        )
+        images = range(request.num_images_per_prompt)
+        trajectories = tuple(self._start(request, index, guidance, engines) for index in images)
         return Prepared(
             request=request,
-            trajectories=tuple(trajectories),
+            trajectories=trajectories,
             warnings=self._warnings(request) + _odd(trajectories),
             text_encoder_seconds=embedded - began,
             vae_encoder_seconds=time.perf_counter() - embedded,
+            following=request.hires,
+        )
+
+    def follow(self, prepared: Prepared, index: int) -> Followed:
+        """Start image `index` of a finished pass in the one that follows; `Prepared.followed_by` takes them all."""
+        if prepared.following is None:
+            raise ValueError("no pass follows this one")
+        began, decoding, decodes = time.perf_counter(), 0.0, self.float32_decodes
+
+        def decode(latents: FloatArray) -> Image.Image:
+            nonlocal decoding
+            decode_began = time.perf_counter()
+            image = self._decode(latents)[0]
+            decoding += time.perf_counter() - decode_began
+            return image
+
+        drawn = Drawn(latents=prepared.trajectories[index].latents[None], decode=decode)
+        request = prepared.following
+        engines = _Engines(encode=self._posterior, estimate_depth=self._estimate_depth)
+        trajectory = self._start(request, index, self._guidance(request), engines, drawn)
+        return Followed(
+            trajectory=trajectory,
+            vae_encoder_seconds=time.perf_counter() - began - decoding,
+            vae_decoder_seconds=decoding,
+            float32_decodes=self.float32_decodes - decodes,
         )
 
     def finish(
@@ -256,11 +304,11 @@ class Pipeline:
                 text_encoder_seconds=prepared.text_encoder_seconds,
                 vae_encoder_seconds=prepared.vae_encoder_seconds,
                 step_seconds=step_seconds,
-                vae_decoder_seconds=vae_decoder_seconds,
+                vae_decoder_seconds=prepared.vae_decoder_seconds + vae_decoder_seconds,
                 total_seconds=time.perf_counter() - began,
                 gap_seconds=gap_seconds,
             ),
-            warnings=prepared.warnings + ((_OVERFLOWED,) if float32_decodes else ()),
+            warnings=prepared.warnings + ((_OVERFLOWED,) if prepared.float32_decodes + float32_decodes else ()),
             made_with={
                 "model": manifest.model.name,
                 "model_identity": manifest.model.identity,
@@ -316,7 +364,7 @@ class Pipeline:
 
     def draw(self, prepared: Prepared, index: int) -> Image.Image:
         """The image of one finished trajectory. Raises ParityError when a value is not finite."""
-        return prepared.request.task.finish(self._decode(prepared.trajectories[index].latents[None])[0])
+        return prepared.request.passes[-1].task.finish(self._decode(prepared.trajectories[index].latents[None])[0])
 
     def close(self) -> None:
         """Release the engines."""
@@ -333,30 +381,18 @@ class Pipeline:
     def _run(self, request: ResolvedRequest, *, latents: bool, preview: bool) -> Generator[StepEvent, None, None]:
         began = time.perf_counter()
         prepared = self.prepare(request)
-        rows = len(request.plan)
-        with ExitStack() as opened:
-            batches = [opened.enter_context(closing(batch)) for batch in self._batches(prepared)]
-            for row in range(1, rows + 1):
-                for batch in batches:
-                    _raise_first(batch.advance())
-                if row == rows:
-                    break
-                if latents:
-                    for batch in batches:
-                        _raise_first(batch.collect())
-                now = _latents_of(prepared) if latents else None
-                shown = None
-                if preview and now is not None:
-                    shown = self._decode(now * np.float32(request.plan.input_scales[row]))
-                yield StepEvent(row=row, rows=rows, latents=now, preview=shown)
-            seconds = [batch.take_seconds() for batch in batches]
-            gaps = [gap for batch in batches if (gap := batch.gap_seconds()) is not None]
+        rows = sum(len(each.plan) for each in request.passes)
+        seconds, gaps = yield from self._denoise(prepared, 0, rows, latents=latents, preview=preview)
+        if prepared.following is not None:
+            prepared = prepared.followed_by([self.follow(prepared, i) for i in range(len(prepared.trajectories))])
+            more = yield from self._denoise(prepared, len(seconds), rows, latents=latents, preview=preview)
+            seconds, gaps = seconds + more[0], gaps + more[1]
         decoding, decoded_before = time.perf_counter(), self.float32_decodes
         images = tuple(self.draw(prepared, index) for index in range(len(prepared.trajectories)))
         result = self.finish(
             prepared,
             images,
-            step_seconds=tuple(sum(parts) for parts in zip(*seconds, strict=True)),
+            step_seconds=tuple(seconds),
             vae_decoder_seconds=time.perf_counter() - decoding,
             began=began,
             gap_seconds=sum(gaps) if gaps else None,
@@ -364,6 +400,64 @@ class Pipeline:
         )
         shown = images if preview else None
         yield StepEvent(row=rows, rows=rows, latents=result.latents, preview=shown, result=result)
+
+    def _denoise(
+        self, prepared: Prepared, before: int, rows: int, *, latents: bool, preview: bool
+    ) -> Generator[StepEvent, None, tuple[list[float], list[float]]]:
+        """Run one pass, `before` rows of all having run. Returns the seconds of its rows, and of gaps where measured.
+
+        It yields after each row, except the last of all, whose event carries the result.
+        """
+        plan = prepared.trajectories[0].plan
+        with ExitStack() as opened:
+            batches = [opened.enter_context(closing(batch)) for batch in self._batches(prepared)]
+            for row in range(1, len(plan) + 1):
+                for batch in batches:
+                    _raise_first(batch.advance())
+                if before + row == rows:
+                    break
+                if latents:
+                    for batch in batches:
+                        _raise_first(batch.collect())
+                now = _latents_of(prepared) if latents else None
+                shown = None
+                if preview and now is not None:
+                    scale = plan.input_scales[row] if row < len(plan) else 1.0
+                    shown = self._decode(now * np.float32(scale))
+                yield StepEvent(row=before + row, rows=rows, latents=now, preview=shown)
+            seconds = [batch.take_seconds() for batch in batches]
+            gaps = [gap for batch in batches if (gap := batch.gap_seconds()) is not None]
+        return [sum(parts) for parts in zip(*seconds, strict=True)], gaps
+
+    def _start(
+        self,
+        request: ResolvedRequest,
+        index: int,
+        guidance: Guidance,
+        engines: "_Engines",
+        drawn: Drawn | None = None,
+    ) -> Trajectory:
+        """Image `index` before the first row of a pass."""
+        model, variation = self.bundle.manifest.model, request.variations[index]
+        side = model.vae_downsample
+        generator = GENERATORS[request.generator](request.seeds[index])
+        preparation = Preparation(
+            plan=request.plan,
+            generator=generator,
+            shape=(model.latent_channels, request.height // side, request.width // side),
+            encode=engines.encode,
+            estimate_depth=engines.estimate_depth,
+            vary=_as_it_is if variation is None else variation.apply,
+            drawn=drawn,
+        )
+        return start_trajectory(
+            plan=request.plan,
+            guidance=guidance,
+            generator=generator,
+            slots=self.bundle.manifest.state_slots,
+            start=request.task.start(preparation),
+            windows=self._windows(request),
+        )
 
     def _batches(self, prepared: Prepared) -> Sequence[StepBatch]:
         """The trajectories, as many together as the engines take."""

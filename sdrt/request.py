@@ -32,6 +32,12 @@ class Request:
     depth_map: of depth-to-image, how near each place is, as an image, 8 or 16 bits, or an array [H, W]: larger is
     nearer. Without an `image` it begins with noise.
     image_guidance_scale: of editing, how close to `image` the result stays, 1.5 unless given.
+    hires_scale: draw in two passes ("hires fix"): height and width are the first one's, a base that the model is good
+    at; then the result is enlarged by this much, to the nearest size of the VAE, and drawn again as image-to-image.
+    hires_upscaler: what enlarges, "latent" (bilinear), "latent-nearest", "latent-bicubic", or "lanczos" (of pixels).
+    hires_strength: that of the second pass, 0.7 unless given. hires_steps: its num_inference_steps, of which that share
+    runs; unless given those of the first, or its timesteps or sigmas. All else is the first's, the seed of each image
+    too: the noise is what image-to-image draws of it. Above the bundle's sizes it works in windows, unasked.
     windowed: sizes above those of the bundle are worked on in overlapping windows, which are one at every step
     (MultiDiffusion, Bar-Tal et al. 2023, arXiv:2302.08113). Outpainting does so unasked.
     variation_seed, variation_strength: how far, 0 to 1, each image's noise goes towards that of another seed; image i
@@ -70,6 +76,10 @@ class Request:
     noise_level: int | None = None
     depth_map: Image.Image | npt.NDArray[np.generic] | None = None
     image_guidance_scale: float | None = None
+    hires_scale: float | None = None
+    hires_upscaler: str | None = None
+    hires_strength: float | None = None
+    hires_steps: int | None = None
     windowed: bool = False
     variation_seed: int | None = None
     variation_strength: float = 0.0

@@ -3,13 +3,14 @@
 import math
 import reprlib
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sdrt.bundle import Manifest
 from sdrt.checks import check_finite, check_flag, check_share, check_whole, shown
 from sdrt.errors import RequestError
+from sdrt.image import LARGEST_PIXELS
 from sdrt.noise import GENERATORS, GeneratorName, Variation
 from sdrt.plan import SCHEDULERS, SamplingPlan, build_plan, count_steps
 from sdrt.plan.catalog import find_scheduler
@@ -19,6 +20,7 @@ from sdrt.sizes import describe_sizes, fits_windows, nearest_size
 from sdrt.tasks import read_task
 from sdrt.tasks.base import Task
 from sdrt.tasks.editing import Editing
+from sdrt.tasks.hires import SecondPass, read_second_pass
 
 MAX_IMAGES = 64
 MAX_STEPS = 1000
@@ -31,7 +33,8 @@ class ResolvedRequest:
     """A request that was checked against a bundle, with every default filled in, and its sampling plan.
 
     seeds, variations: those of each image. image_guidance_scale: of editing.
-    windowed: larger than the engines take at once.
+    windowed: larger than the engines take at once. hires: the second pass, a request of its own that begins with what
+    this one draws.
     """
 
     prompt: str
@@ -54,6 +57,12 @@ class ResolvedRequest:
     image_guidance_scale: float | None
     windowed: bool
     variations: tuple[Variation | None, ...]
+    hires: "ResolvedRequest | None" = None
+
+    @property
+    def passes(self) -> "tuple[ResolvedRequest, ...]":
+        """It, and the second pass where there is one."""
+        return (self,) if self.hires is None else (self, self.hires)
 
     @property
     def seed(self) -> int:
@@ -85,7 +94,31 @@ def resolve_request(request: Request, manifest: Manifest) -> ResolvedRequest:
     """Check a request against a bundle and fill in its defaults. Raises RequestError; computes nothing."""
     _check_text("prompt", request.prompt)
     _check_text("negative_prompt", request.negative_prompt)
-    task = read_task(request, manifest.model)
+    second = read_second_pass(request)
+    resolved = _resolve(request, manifest, read_task(request, manifest.model))
+    return resolved if second is None else replace(resolved, hires=_resolve_hires(request, manifest, resolved, second))
+
+
+def _resolve_hires(request: Request, manifest: Manifest, first: ResolvedRequest, second: SecondPass) -> ResolvedRequest:
+    """The second pass: the request again, in its own size, and with its own steps where they are given."""
+    if isinstance(request.scheduler, SamplingPlan):
+        hint = "name a scheduler, or leave hires_scale out"
+        raise RequestError("hires_scale is given beside a plan of one's own, which is for one pass", hint=hint)
+    height, width = second.size_of(first.height, first.width, manifest.profile.multiple_of)
+    made = f"hires_scale {second.scale:g} makes {width}x{height} of {first.width}x{first.height}"
+    if (height, width) == (first.height, first.width):
+        raise RequestError(f"{made}, which is no larger", hint="give a larger hires_scale, or leave it out")
+    if height * width > LARGEST_PIXELS:  # else windows of the first pass's size fit
+        raise RequestError(f"{made}, more than {LARGEST_PIXELS} pixels", hint="give a smaller hires_scale")
+    again = replace(request, height=height, width=width, seed=first.seeds, num_images_per_prompt=None)
+    if second.steps is not None:
+        steps = check_whole("hires_steps", second.steps, 1, MAX_STEPS)
+        again = replace(again, num_inference_steps=steps, timesteps=None, sigmas=None)
+    return _resolve(again, manifest, second)
+
+
+def _resolve(request: Request, manifest: Manifest, task: Task) -> ResolvedRequest:
+    """One pass of a request, which does `task`. Raises RequestError."""
     height, width, windowed = _resolve_size(request, manifest, task)
     task = task.resized(height, width)
     guidance_scale = check_finite("guidance_scale", request.guidance_scale)

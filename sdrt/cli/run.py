@@ -13,6 +13,10 @@ from sdrt.cli.task_options import (
     DepthFile,
     Fill,
     FromPicture,
+    HiresScale,
+    HiresSteps,
+    HiresStrength,
+    HiresUpscaler,
     ImageGuidanceScale,
     MaskBlur,
     MaskFile,
@@ -61,6 +65,10 @@ REQUEST_FIELDS = (
     "preserve",
     "outpaint",
     "fill",
+    "hires_scale",
+    "hires_upscaler",
+    "hires_strength",
+    "hires_steps",
     "windowed",
     "noise_level",
     "image_guidance_scale",
@@ -129,6 +137,10 @@ def run(
     preserve: Preserve = None,
     outpaint: Outpaint = None,
     fill: Fill = None,
+    hires_scale: HiresScale = None,
+    hires_upscaler: HiresUpscaler = None,
+    hires_strength: HiresStrength = None,
+    hires_steps: HiresSteps = None,
     windowed: Windowed = None,
     depth: DepthFile = None,
     noise_level: NoiseLevel = None,
@@ -250,6 +262,10 @@ def run(
         "preserve": preserve,
         "outpaint": None if outpaint is None else _margins(outpaint),
         "fill": fill,
+        "hires_scale": hires_scale,
+        "hires_upscaler": hires_upscaler,
+        "hires_strength": hires_strength,
+        "hires_steps": hires_steps,
         "windowed": windowed,
         "depth_map": depth,
         "noise_level": noise_level,
@@ -441,7 +457,7 @@ def _summary(result: "Result", paths: Sequence[Path], sheet: Path | None) -> "li
         ("image" if len(paths) == 1 else "images", names),
         *([] if sheet is None else [("grid", str(sheet))]),
         ("seed" if len(paths) == 1 else "seeds", seeds),
-        ("size", f"{request.width}x{request.height}"),
+        ("size", ", then ".join(f"{each.width}x{each.height}" for each in request.passes)),
         ("text encoder", seconds_text(timings.text_encoder_seconds)),
         (
             "denoising",
@@ -457,7 +473,7 @@ def _summary(result: "Result", paths: Sequence[Path], sheet: Path | None) -> "li
 def _saved_text(result: "Result") -> list[tuple[str, str]]:
     if result.saved_seconds is None:
         return []
-    rows, guided = len(result.timings.step_seconds), len(result.request.guided_rows)
+    rows, guided = len(result.timings.step_seconds), sum(len(each.guided_rows) for each in result.request.passes)
     return [
         ("guidance", f"in {guided} of {rows} steps, which saved about {seconds_text(max(result.saved_seconds, 0.0))}")
     ]

@@ -91,6 +91,34 @@ ImageGuidanceScale = Annotated[
         show_default=False,
     ),
 ]
+HiresScale = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Draw in two passes: in --size, then this much larger, from the first as an image.",
+        show_default=False,
+    ),
+]
+HiresUpscaler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOW",
+        help="What enlarges in between: latent, latent-nearest, latent-bicubic, lanczos. Default: latent.",
+        show_default=False,
+    ),
+]
+HiresStrength = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="The --strength of the second pass. Default: 0.7.", show_default=False),
+]
+HiresSteps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="The --steps of the second pass, of which that share runs. Default: --steps.",
+        show_default=False,
+    ),
+]
 Windowed = Annotated[
     bool | None,
     typer.Option(

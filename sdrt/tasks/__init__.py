@@ -9,6 +9,7 @@ from sdrt.request import Request
 from sdrt.tasks.base import Task, TaskName
 from sdrt.tasks.depth_to_image import read_depth_to_image
 from sdrt.tasks.editing import read_editing
+from sdrt.tasks.hires import FIELDS as HIRES_FIELDS
 from sdrt.tasks.image_to_image import read_image_to_image
 from sdrt.tasks.inpainting import read_inpainting
 from sdrt.tasks.outpainting import read_outpainting
@@ -93,7 +94,13 @@ KINDS: tuple[TaskKind, ...] = (
         takes=("image_guidance_scale",),
         read=read_editing,
     ),
-    TaskKind(name="text-to-image", models=("text-to-image",), needs=(), takes=(), read=read_text_to_image),
+    TaskKind(
+        name="text-to-image",
+        models=("text-to-image",),
+        needs=(),
+        takes=HIRES_FIELDS,
+        read=read_text_to_image,
+    ),
 )
 _FIELDS = tuple(dict.fromkeys(field for kind in KINDS for field in (*kind.needs, *kind.takes)))
 # The kind of checkpoint in words, for those who have another.

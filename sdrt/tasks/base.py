@@ -23,6 +23,14 @@ Vary = Callable[[FloatArray], FloatArray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Drawn:
+    """What the pass before has drawn of an image: latents float32 [1, C, h, w], and what makes pixels of them."""
+
+    latents: FloatArray
+    decode: Callable[[FloatArray], Image.Image]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Preparation:
     """What a task may use to begin one image.
 
@@ -30,6 +38,7 @@ class Preparation:
     latents. encode: the bundle's VAE encoder, for samples float32 [1, 3, H, W] in [-1, 1]; it draws nothing.
     estimate_depth: the bundle's depth estimator, for RGB images: float32 [H', W'] of its own size; it draws nothing.
     vary: what becomes of the noise that the latents begin with, where a variation is asked for.
+    drawn: by the pass before this one, where there is one.
     """
 
     plan: SamplingPlan
@@ -38,6 +47,7 @@ class Preparation:
     encode: Encode
     estimate_depth: EstimateDepth
     vary: Vary
+    drawn: Drawn | None = None
 
     def numbers(self) -> FloatArray:
         """The generator's next numbers in the latents' shape: float32 [1, C, h, w]."""

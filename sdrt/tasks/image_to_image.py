@@ -80,11 +80,11 @@ def read_image_to_image(request: Request, model: ModelRecord) -> ImageToImage:
     )
 
 
-def check_strength(value: object, default: float) -> float:
-    """A strength above 0, up to 1; RequestError otherwise."""
-    strength = default if value is None else check_finite("strength", value)
+def check_strength(value: object, default: float, *, name: str = "strength") -> float:
+    """A strength above 0, up to 1; RequestError, which names the field, otherwise."""
+    strength = default if value is None else check_finite(name, value)
     if not 0 < strength <= 1:
-        raise RequestError(f"strength is {strength:g}", hint="give more than 0 (the image as it is), up to 1 (free)")
+        raise RequestError(f"{name} is {strength:g}", hint="give more than 0 (the image as it is), up to 1 (free)")
     return strength
 
 
@@ -94,12 +94,12 @@ def check_noised(plan: SamplingPlan) -> None:
         raise RequestError("the plan does not say how an image enters it", hint="give its scheduler an add_noise")
 
 
-def first_step_of(strength: float, num_inference_steps: int) -> int:
+def first_step_of(strength: float, num_inference_steps: int, *, name: str = "strength") -> int:
     """How many steps are left out. The reference rounds what runs down, float error and all: 0.58 of 50 are 28."""
     left = min(int(num_inference_steps * strength), num_inference_steps)
     if left == 0:
         raise RequestError(
-            f"strength {strength:g} of {num_inference_steps} steps is none",
-            hint=f"give a strength of at least {1 / num_inference_steps:.3g}, or ask for more steps",
+            f"{name} {strength:g} of {num_inference_steps} steps is none",
+            hint=f"give a {name} of at least {1 / num_inference_steps:.3g}, or ask for more steps",
         )
     return num_inference_steps - left
