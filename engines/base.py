@@ -20,6 +20,7 @@ class ComponentSource:
     max_lanes: most network evaluations of one step. vae_downsample: pixels per latent on one side.
     default_height, default_width: the model's own size, in pixels.
     thresholding: how the step graph cuts estimates of x₀ that are too large, where the scheduler asks for that.
+    controls, control_features: how many ControlNets are in the network, and the channels of what each sees.
     depth_estimation: what the depth estimator is given, where there is one.
     composed: the graph is what the engine is built of; else the step graph is still to be composed around the network.
     """
@@ -36,6 +37,8 @@ class ComponentSource:
     default_height: int
     default_width: int
     thresholding: Thresholding | None = None
+    controls: int = 0
+    control_features: int = 0
     depth_estimation: DepthEstimation | None = None
     composed: bool = False
 

@@ -154,6 +154,8 @@ def component_source(name: str, folder: OnnxFolder, profile: ShapeProfile) -> Co
         default_height=folder.model.default_height,
         default_width=folder.model.default_width,
         thresholding=read_thresholding(folder.model.scheduler_config),
+        controls=len(folder.model.controlnets),
+        control_features=folder.model.control_features,
         depth_estimation=folder.model.depth_estimation,
     )
 

@@ -20,18 +20,20 @@ from sdrt.exported import (
     GoldenRequest,
     task_of_channels,
 )
-from sdrt.runners.base import DEPTH_ESTIMATOR, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+from sdrt.runners.base import CONTROL_EMBEDDING, DEPTH_ESTIMATOR, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 
 FOLDER_OF = {
     TEXT_ENCODER: "text_encoder",
     STEP: "unet",
     VAE_DECODER: "vae_decoder",
     VAE_ENCODER: "vae_encoder",
+    CONTROL_EMBEDDING: "control_embedding",
     DEPTH_ESTIMATOR: "depth_estimator",
 }
 # Which models have the components that not all have.
 OPTIONAL: Mapping[str, Callable[[ModelRecord], bool]] = {
-    DEPTH_ESTIMATOR: lambda model: model.depth_estimation is not None
+    CONTROL_EMBEDDING: lambda model: bool(model.controlnets),
+    DEPTH_ESTIMATOR: lambda model: model.depth_estimation is not None,
 }
 _REEXPORT = "export the checkpoint again, or name the folder that holds model_index.json"
 

@@ -15,7 +15,15 @@ from sdrt.engines.base import ComponentSource
 from sdrt.engines.step_graph import PREFIX, TIMESTEP
 from sdrt.errors import BackendError, BuildError, OutputError
 from sdrt.progress import Progress, silent
-from sdrt.runners.base import DEPTH_ESTIMATOR, IN_FLOAT32, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+from sdrt.runners.base import (
+    CONTROL_EMBEDDING,
+    DEPTH_ESTIMATOR,
+    IN_FLOAT32,
+    STEP,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+)
 from sdrt.step_border import ALL_STEP_INPUTS, fixed_sizes
 
 if TYPE_CHECKING:
@@ -125,6 +133,7 @@ def _dimensions(source: ComponentSource) -> Mapping[str, tuple[int | None, ...]]
         VAE_DECODER: {"latent_sample": (None, channels, None, None)},
         VAE_ENCODER: {"sample": (None, 3, None, None)},
         STEP: _step_dimensions(source),
+        CONTROL_EMBEDDING: {"controlnet_cond": (None, source.controls, 3, None, None)},
         DEPTH_ESTIMATOR: {"pixel_values": (1, 3, *_depth_sides(source))},
     }
     return by_component[source.name]
@@ -142,6 +151,8 @@ def _step_dimensions(source: ComponentSource) -> dict[str, tuple[int | None, ...
         channels=source.latent_channels,
         features=source.prompt_embeds_dim,
         conditioning_channels=source.conditioning_channels,
+        controls=source.controls,
+        control_features=source.control_features,
     )
     fixed = {name: size for name, size in sizes.items() if isinstance(size, int)}
     return {name: tuple(map(fixed.get, entry.dimensions)) for name, entry in ALL_STEP_INPUTS.items()}

@@ -8,7 +8,15 @@ from sdrt.bundle import ShapeProfile, TensorSpec
 from sdrt.depth import input_bounds, input_size
 from sdrt.engines.base import ComponentSource
 from sdrt.errors import BuildError
-from sdrt.runners.base import DEPTH_ESTIMATOR, STEP, TEXT_ENCODER, VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER
+from sdrt.runners.base import (
+    CONTROL_EMBEDDING,
+    DEPTH_ESTIMATOR,
+    STEP,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    VAE_DECODER_FLOAT32,
+    VAE_ENCODER,
+)
 from sdrt.step_border import ALL_STEP_INPUTS
 from sdrt.vae import tile_for
 
@@ -20,6 +28,7 @@ _DIMENSIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
         VAE_DECODER: {"latent_sample": ("batch", "channels", "height", "width")},
         VAE_DECODER_FLOAT32: {"latent_sample": ("batch", "channels", "height", "width")},
         VAE_ENCODER: {"sample": ("batch", "channels", "height", "width")},
+        CONTROL_EMBEDDING: {"controlnet_cond": ("batch", "controls", "channels", "height", "width")},
         DEPTH_ESTIMATOR: {"pixel_values": ("batch", "channels", "height", "width")},
         STEP: {name: entry.dimensions for name, entry in ALL_STEP_INPUTS.items()},
     }
@@ -49,6 +58,7 @@ def optimization_profiles(source: ComponentSource, inputs: Sequence[TensorSpec])
     - step: a bundle for a list of sizes has a profile for each of the first `HOT_SIZES`; one for a range has one for
       the model's own size; the last profile covers everything;
     - VAE: one image, or one tile of it, at a time;
+    - control embedding: the pictures of one image;
     - depth estimator: one image, of all the sizes that the bundle's images are brought to before it.
 
     A bundle for one size and one image at a time has static profiles alone: with and without guidance.
@@ -64,6 +74,8 @@ def _ranges(source: ComponentSource) -> list[dict[str, Range]]:
         return [length | {"batch": _fixed(1)}]
     if source.name in (VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER):
         return [_vae_ranges(source)]
+    if source.name == CONTROL_EMBEDDING:
+        return [{"batch": _fixed(1)} | _sides(source, profile.minimum, profile.maximum, pixels=True)]
     if source.name == DEPTH_ESTIMATOR:
         return [_depth_ranges(source)]
     if source.name != STEP:
@@ -89,10 +101,12 @@ def _hot_sizes(profile: ShapeProfile, source: ComponentSource) -> list[tuple[int
     return [own] if profile.accepts(*own) and profile.minimum != profile.maximum else []
 
 
-def _sides(source: ComponentSource, smallest: tuple[int, int], largest: tuple[int, int]) -> dict[str, Range]:
-    """Height and width in latent pixels; tuned for the model's own size where that lies inside."""
+def _sides(
+    source: ComponentSource, smallest: tuple[int, int], largest: tuple[int, int], *, pixels: bool = False
+) -> dict[str, Range]:
+    """Height and width in latents, or in pixels; tuned for the model's own size where that lies inside."""
     own = (source.default_height, source.default_width)
-    side = source.vae_downsample
+    side = 1 if pixels else source.vae_downsample
     return {
         name: Range(minimum=low // side, optimum=min(max(preferred, low), high) // side, maximum=high // side)
         for name, low, preferred, high in zip(("height", "width"), smallest, own, largest, strict=True)

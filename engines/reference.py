@@ -17,12 +17,12 @@ from sdrt.engines.onnx_folder import OnnxFolder
 from sdrt.engines.onnx_session import run_onnx
 from sdrt.engines.onnxruntime import OnnxRuntimeBuilder
 from sdrt.engines.seal import GoldenResult, make_image, read_golden, read_golden_image
-from sdrt.engines.step_graph import CLASS_LABELS, PROMPT_EMBEDS, SAMPLE, TIMESTEP
+from sdrt.engines.step_graph import CLASS_LABELS, CONTROL, CONTROL_SCALES, PROMPT_EMBEDS, SAMPLE, TIMESTEP
 from sdrt.errors import BuildError
 from sdrt.exported import GoldenRequest
 from sdrt.golden import NOISE_LEVEL
 from sdrt.runners import open_runner
-from sdrt.runners.base import DEPTH_ESTIMATOR, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array
+from sdrt.runners.base import CONTROL_EMBEDDING, DEPTH_ESTIMATOR, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array
 
 _TIMESTEP = 981.0  # large and odd: low precision shows here first
 _PROMPT, _SEED, _STEPS, _GUIDANCE_SCALE = "a red circle on a white background", 0, 4, 5.0
@@ -125,12 +125,18 @@ def _component_feeds(folder: OnnxFolder, request: GoldenRequest) -> dict[str, Ma
     }
     if model.noise_augmentation is not None:
         step[CLASS_LABELS] = np.array([NOISE_LEVEL])
+    if model.controlnets:
+        step[CONTROL] = normal(1, len(model.controlnets), model.control_features, *latents[2:])
+        step[CONTROL_SCALES] = np.ones((1, len(model.controlnets)), np.float32)
     feeds: dict[str, Mapping[str, Array]] = {
         TEXT_ENCODER: {"input_ids": random.integers(0, _vocabulary(folder), (1, folder.model.text_length))},
         STEP: step,
         VAE_DECODER: {"latent_sample": normal(*latents)},
         VAE_ENCODER: {"sample": normal(1, 3, request.height, request.width).clip(-1, 1)},
     }
+    if model.controlnets:
+        pictures = (1, len(model.controlnets), 3, request.height, request.width)
+        feeds[CONTROL_EMBEDDING] = {"controlnet_cond": random.random(pictures, np.float32)}
     if (estimation := model.depth_estimation) is not None:
         size = input_size(estimation, request.height, request.width)
         feeds[DEPTH_ESTIMATOR] = {

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdrt.bundle import Bundle, ParityRecord, Precision
-from sdrt.engines.step_graph import CLASS_LABELS, PROMPT_EMBEDS, SAMPLE, TIMESTEP
+from sdrt.engines.step_graph import CLASS_LABELS, CONTROL, CONTROL_SCALES, PROMPT_EMBEDS, SAMPLE, TIMESTEP
 from sdrt.errors import BuildError, ParityError
 from sdrt.exported import GoldenRequest
 from sdrt.golden import golden_fields
@@ -19,6 +19,7 @@ from sdrt.parity import image_parity, max_relative, meets
 from sdrt.pipeline import Pipeline
 from sdrt.request import Request
 from sdrt.runners.base import (
+    CONTROL_EMBEDDING,
     DEPTH_ESTIMATOR,
     IN_FLOAT32,
     STEP,
@@ -37,7 +38,14 @@ BF16_BOUNDS: Mapping[str, float] = MappingProxyType(
     {**dict.fromkeys(IN_FLOAT32, FLOAT32_BOUND), STEP: 3e-2, VAE_DECODER: 5e-2, VAE_ENCODER: 5e-2}
 )
 FP16_BOUNDS: Mapping[str, float] = MappingProxyType(
-    {TEXT_ENCODER: 1e-2, DEPTH_ESTIMATOR: 1e-2, STEP: 1e-2, VAE_DECODER: 2e-2, VAE_ENCODER: 2e-2}
+    {
+        TEXT_ENCODER: 1e-2,
+        DEPTH_ESTIMATOR: 1e-2,
+        CONTROL_EMBEDDING: 1e-2,
+        STEP: 1e-2,
+        VAE_DECODER: 2e-2,
+        VAE_ENCODER: 2e-2,
+    }
 )
 IMAGE_LEVELS = 1  # of 255, in float32
 IMAGE_PSNR_DB = 35.0  # in bf16 and fp16
@@ -152,6 +160,8 @@ def step_feeds(inputs: Mapping[str, Array], slots: int, channels: int) -> dict[s
         feeds |= {"conditioning": conditioning, "lane_conditioning": np.ones(count, np.float32)}
     if CLASS_LABELS in inputs:
         feeds[CLASS_LABELS] = np.asarray(inputs[CLASS_LABELS], np.int64)
+    if CONTROL in inputs:
+        feeds |= {name: np.asarray(inputs[name], np.float32) for name in (CONTROL, CONTROL_SCALES)}
     return feeds
 
 
@@ -164,6 +174,7 @@ def make_image(bundle: Bundle, runner: Runner, request: GoldenRequest) -> npt.ND
         request.width,
         model.vae_downsample,
         estimates_depth=model.depth_estimation is not None,
+        controls=len(model.controlnets),
     )
     result = Pipeline(bundle, runner).generate(
         Request(

@@ -13,12 +13,14 @@ from sdrt.errors import BuildError
 from sdrt.plan.clamping import Thresholding
 from sdrt.step_border import ALL_STEP_INPUTS, fixed_sizes, step_inputs_of
 
-COMPOSER_VERSION = 3  # part of every cache key: raise it with any change to the composed graph
+COMPOSER_VERSION = 4  # part of every cache key: raise it with any change to the composed graph
 PREFIX = "sdrt."
 SAMPLE, TIMESTEP, PROMPT_EMBEDS, CLASS_LABELS = "sample", "timestep", "encoder_hidden_states", "class_labels"
+CONTROL, CONTROL_SCALES = "control", "control_scales"
 _OUTPUT = f"{PREFIX}out_sample"
 _UNET_INPUTS = (SAMPLE, TIMESTEP, PROMPT_EMBEDS)
-_OPTIONAL_UNET_INPUTS = (CLASS_LABELS,)
+_TOGETHER = (CONTROL, CONTROL_SCALES)
+_OPTIONAL_UNET_INPUTS = (CLASS_LABELS, *_TOGETHER)
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _INTEGERS = (TensorProto.INT64, TensorProto.INT32)
 _ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
@@ -34,6 +36,7 @@ class UnetBorder:
     """What the step graph has to know of the UNet: its element types, and the sizes fixed in it.
 
     channels: of the latents, which are those of its output; conditioning_channels: how many more its sample has.
+    controls: how many ControlNets are in it; control_features: the channels of what each of them sees.
     """
 
     sample_type: int
@@ -45,6 +48,8 @@ class UnetBorder:
     conditioning_channels: int
     prompt_embeds_dim: Dimension
     class_labels_type: int | None
+    controls: int
+    control_features: int
     opset: int
 
 
@@ -109,7 +114,8 @@ def compose_step_graph(unet: onnx.ModelProto, slots: int, thresholding: Threshol
     thresholding: what is clamped is clamped so, not at the limit that `clamp` has.
 
     `unet` has the inputs sample [M, C + K, h, w], timestep [M] (of any number type) and encoder_hidden_states
-    [M, L, d], and may have class_labels [M]; its output has C channels.
+    [M, L, d], and may have class_labels [M], and control [M, k, c, h, w] with control_scales [M, k]; its output has C
+    channels.
     Its weights need not be loaded, keep their names, and it is not changed itself.
     BuildError: missing or extra inputs, a shape or an element type that cannot be served.
     """
@@ -165,6 +171,7 @@ def read_unet_border(unet: onnx.ModelProto) -> UnetBorder:
     labels = inputs.get(CLASS_LABELS)
     if labels is not None:
         _check_type(CLASS_LABELS, labels.elem_type, _INTEGERS)
+    controls, control_features = _controls(inputs, shapes)
     channels, conditioning_channels = _channels(shapes[SAMPLE][1], _shape(output.type.tensor_type))
     return UnetBorder(
         sample_type=inputs[SAMPLE].elem_type,
@@ -176,13 +183,31 @@ def read_unet_border(unet: onnx.ModelProto) -> UnetBorder:
         conditioning_channels=conditioning_channels,
         prompt_embeds_dim=_fixed(shapes[PROMPT_EMBEDS][2], "features"),
         class_labels_type=None if labels is None else labels.elem_type,
+        controls=controls,
+        control_features=control_features,
         opset=opset,
     )
+
+
+def _controls(
+    inputs: Mapping[str, onnx.TypeProto.Tensor], shapes: Mapping[str, tuple[Dimension, ...]]
+) -> tuple[int, int]:
+    """(how many ControlNets, the channels of what each sees); (0, 0) for a UNet without."""
+    if CONTROL not in inputs:
+        return 0, 0
+    _check_type(CONTROL, inputs[CONTROL].elem_type, (TensorProto.FLOAT,))
+    _check_type(CONTROL_SCALES, inputs[CONTROL_SCALES].elem_type, (TensorProto.FLOAT,))
+    shape = shapes[CONTROL]
+    count, features = shape[1:3] if len(shape) == 5 else (None, None)
+    if not isinstance(count, int) or not isinstance(features, int):
+        raise BuildError(f"the UNet's {CONTROL} has the shape {shape}, not [M, k, c, h, w]", hint=_REEXPORT)
+    return count, features
 
 
 def _check_names(inputs: Mapping[str, onnx.TypeProto.Tensor], outputs: Sequence[str]) -> None:
     missing = [name for name in _UNET_INPUTS if name not in inputs]
     extra = sorted(set(inputs) - {*_UNET_INPUTS, *_OPTIONAL_UNET_INPUTS})
+    missing += [name for name in _TOGETHER if name not in inputs and not inputs.keys().isdisjoint(_TOGETHER)]
     if missing or extra:
         facts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"also wants {', '.join(extra)}"] * bool(extra)
         raise BuildError(
@@ -220,6 +245,9 @@ def _feed_lanes(composer: _Composer, border: UnetBorder) -> dict[str, str]:
         PROMPT_EMBEDS: composer.cast("prompt_embeds", border.prompt_embeds_type, f"{PREFIX}prompt_embeds"),
         border.output: _OUTPUT,
     }
+    if border.controls:
+        for name in _TOGETHER:
+            feeds[name] = composer.add("Gather", [name, "lane_request"], f"{PREFIX}lane_{name}", axis=0)
     if border.class_labels_type == TensorProto.INT32:
         feeds[CLASS_LABELS] = composer.add("Cast", [CLASS_LABELS], f"{PREFIX}class_labels", to=TensorProto.INT32)
     return feeds
@@ -393,13 +421,17 @@ def _inputs(border: UnetBorder, slots: int) -> list[onnx.ValueInfoProto]:
         channels=border.channels,
         features=border.prompt_embeds_dim,
         conditioning_channels=border.conditioning_channels,
+        controls=border.controls,
+        control_features=border.control_features,
     )
     return [
         _tensor(
             entry.name, _ELEMENT_TYPES[entry.dtype], [sizes.get(dimension, dimension) for dimension in entry.dimensions]
         )
         for entry in step_inputs_of(
-            conditioning_channels=border.conditioning_channels, class_labels=border.class_labels_type is not None
+            conditioning_channels=border.conditioning_channels,
+            class_labels=border.class_labels_type is not None,
+            controls=border.controls > 0,
         )
     ]
 

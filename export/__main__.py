@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sdrt.export", description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--controlnet", type=Path, action="append", default=[], help="a ControlNet's folder")
     parser.add_argument("--golden-size", help="HEIGHTxWIDTH of the reference image")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--overwrite", action="store_true")
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         record = export_model(
             options.model,
             options.out,
+            controlnets=options.controlnet,
             golden_size=_parse_size(options.golden_size),
             threads=options.threads,
             overwrite=options.overwrite,

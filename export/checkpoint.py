@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,6 +11,7 @@ from sdrt.bundle import DepthEstimation, ModelRecord, ModelTask, NoiseAugmentati
 from sdrt.cache import Store, cache_key
 from sdrt.depth import PROCESSOR_FILE, read_depth_estimation
 from sdrt.errors import CheckpointError
+from sdrt.export.controlnet import ControlNet, check_controlnet
 from sdrt.exported import MAX_NOISE_LEVEL, task_of_channels
 from sdrt.plan.catalog import FAMILIES
 
@@ -20,6 +21,7 @@ COMPONENT_CLASSES: Mapping[str, str] = {
     "vae": "AutoencoderKL",
 }
 # Components that a checkpoint may be without, and the files that decide with them what they do.
+CONTROLNET = "controlnet"  # where components have the names of a checkpoint's folders: the ControlNets beside it
 OPTIONAL_CLASSES: Mapping[str, str] = {"depth_estimator": "DPTForDepthEstimation"}
 _COMPANIONS: Mapping[str, tuple[str, ...]] = {"depth_estimator": (PROCESSOR_FILE,)}
 # Which checkpoints each pipeline class is saved with: those of text-to-image do for any whose UNet needs no more.
@@ -54,6 +56,7 @@ _SET_ANEW: Mapping[ModelTask, Mapping[str, object]] = {
     "inpainting": {"steps_offset": 1, "skip_prk_steps": True},
 }
 UPSCALING_FACTOR = 0.08333
+STEERED: tuple[ModelTask, ...] = ("text-to-image", "inpainting")  # the checkpoints that ControlNets go with
 _LARGEST_HEADER_BYTES = 100 * 2**20
 
 
@@ -63,6 +66,7 @@ class Checkpoint:
 
     name: as the checkpoint calls itself, else its folder's. configs: component → its config.json. weights: component →
     its safetensors files. variant: the infix of the weights' names ("fp16"), where the folder holds only that.
+    controlnets: those that are to steer its UNet.
     """
 
     path: Path
@@ -74,11 +78,18 @@ class Checkpoint:
     scheduler_config: Mapping[str, Any]
     noise_augmentation: NoiseAugmentation | None = None
     depth_estimation: DepthEstimation | None = None
+    controlnets: tuple[ControlNet, ...] = ()
 
     @property
     def size_bytes(self) -> int:
         """The weights' size on disk."""
-        return sum(path.stat().st_size for paths in self.weights.values() for path in paths)
+        weights = [*self.weights.values(), *(control.weights for control in self.controlnets)]
+        return sum(path.stat().st_size for paths in weights for path in paths)
+
+    def config_file(self, component: str) -> Path:
+        """The config.json of a component; of several ControlNets the first one's."""
+        folder = self.controlnets[0].path if component == CONTROLNET else self.path / component
+        return folder / "config.json"
 
     @property
     def vae_downsample(self) -> int:
@@ -114,8 +125,11 @@ class Checkpoint:
         return height * self.vae_downsample, width * self.vae_downsample
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Recognise and check a diffusers folder. Raises CheckpointError with what is wrong and what to do."""
+def open_checkpoint(path: Path, controlnets: Sequence[Path] = ()) -> Checkpoint:
+    """Recognise and check a diffusers folder, and ControlNets for its UNet.
+
+    Raises CheckpointError with what is wrong and what to do.
+    """
     if not path.is_dir():
         if path.is_file():
             hint = "convert a single file to a diffusers folder first (diffusers' from_single_file and save_pretrained)"
@@ -137,18 +151,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
         scheduler_config=scheduler,
         noise_augmentation=_noise_augmentation(path, index),
         depth_estimation=_depth_estimation(path, configs),
+        controlnets=tuple(_open_controlnet(folder) for folder in controlnets),
     )
     _check_tokenizer(path)
     _check_unet(checkpoint)
     _check_task(checkpoint, str(index.get("_class_name")))
+    _check_controlnets(checkpoint)
     return checkpoint
 
 
 def component_hashes(checkpoint: Checkpoint, component: str, store: Store) -> dict[str, str]:
     """File name → sha256 of a component's config, its weights, and what else decides how it is exported."""
+    hashes: dict[str, str] = {}
+    if component in ("unet", CONTROLNET):
+        for index, control in enumerate(checkpoint.controlnets):
+            files = (control.path / "config.json", *control.weights)
+            hashes |= {f"{CONTROLNET}/{index}/{path.name}": store.sha256(path) for path in files}
+    if component == CONTROLNET:
+        return hashes
     companions = (checkpoint.path / name for name in _COMPANIONS.get(component, ()))
-    files = (checkpoint.path / component / "config.json", *checkpoint.weights[component], *companions)
-    return {path.name: store.sha256(path) for path in files}
+    files = (checkpoint.config_file(component), *checkpoint.weights[component], *companions)
+    return hashes | {path.name: store.sha256(path) for path in files}
 
 
 def identity_of(checkpoint: Checkpoint, store: Store) -> str:
@@ -184,6 +207,8 @@ def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
         scheduler_config=_as_the_pipeline_sets_it(checkpoint),
         noise_augmentation=checkpoint.noise_augmentation,
         depth_estimation=checkpoint.depth_estimation,
+        controlnets=tuple(control.name for control in checkpoint.controlnets),
+        control_features=checkpoint.controlnets[0].features if checkpoint.controlnets else 0,
     )
 
 
@@ -247,6 +272,25 @@ def _depth_estimation(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> D
     return read_depth_estimation(
         _read_json(path / PROCESSOR_FILE), configs["depth_estimator"], str(path / PROCESSOR_FILE)
     )
+
+
+def _open_controlnet(path: Path) -> ControlNet:
+    if not path.is_dir():
+        hint = "name the folder that holds the ControlNet's config.json and its safetensors weights"
+        raise CheckpointError(f"there is no ControlNet folder at {path}", hint=hint)
+    config = _read_json(path / "config.json")
+    weights, variant = _locate_weights(path)
+    return ControlNet(path=path, name=path.resolve().name, config=config, weights=weights, variant=variant)
+
+
+def _check_controlnets(checkpoint: Checkpoint) -> None:
+    if checkpoint.controlnets and checkpoint.task not in STEERED:
+        raise CheckpointError(
+            f"{checkpoint.path} is made for {checkpoint.task}, which no ControlNet steers",
+            hint=f"ControlNets go with checkpoints for {' and '.join(STEERED)}",
+        )
+    for control in checkpoint.controlnets:
+        check_controlnet(control, checkpoint.configs["unet"], int(checkpoint.configs["vae"]["latent_channels"]))
 
 
 def check_safetensors(path: Path) -> None:

@@ -1,6 +1,6 @@
 """What has to be traced: each component as a module with tensors in and one tensor out, and its example inputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch.export import Dim
 
 from sdrt.bundle import DepthEstimation
 from sdrt.errors import ExportError
-from sdrt.export.checkpoint import COMPONENT_CLASSES, Checkpoint
+from sdrt.export.checkpoint import COMPONENT_CLASSES, CONTROLNET, Checkpoint
+from sdrt.export.controlnet import CONTROLNET_CLASS
 
 MAX_BATCH = 63  # torch.export specialises a traced batch at 64
 MAX_LATENT_SIDE = 1024
@@ -56,6 +57,70 @@ class UNet(nn.Module):
             sample, timestep, encoder_hidden_states, class_labels=class_labels, return_dict=False
         )[0]
         return out
+
+
+class ControlledUNet(nn.Module):
+    """`UNet` with the residuals of ControlNets inside (Zhang et al. 2023, arXiv:2302.05543).
+
+    control [B, k, c, h, w]: what `ControlEmbedding` makes of each one's picture; control_scales [B, k]. The residuals
+    are scaled and added up in their order, as diffusers' MultiControlNetModel does.
+    """
+
+    def __init__(self, unet: nn.Module, controlnets: Sequence[nn.Module], latent_channels: int) -> None:
+        super().__init__()
+        self.wrapped = unet
+        self.wrapped.num_upsamplers = _MORE_THAN_ANY_SIDE_HAS
+        self.controlnets = nn.ModuleList(controlnets)
+        self.latent_channels = latent_channels
+        for network in controlnets:
+            network.controlnet_cond_embedding = nn.Identity()
+            network.register_to_config(controlnet_conditioning_channel_order="rgb")  # the embedding has turned it
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        control: torch.Tensor,
+        control_scales: torch.Tensor,
+    ) -> torch.Tensor:
+        """The model's prediction. A ControlNet sees the latents alone, also beside an inpainting UNet."""
+        residuals: list[torch.Tensor] = []
+        for index, network in enumerate(self.controlnets):
+            down, middle = network(
+                sample[:, : self.latent_channels],
+                timestep,
+                encoder_hidden_states,
+                controlnet_cond=control[:, index],
+                conditioning_scale=control_scales[:, index, None, None, None],
+                return_dict=False,
+            )
+            own = [*down, middle]
+            residuals = [one + other for one, other in zip(residuals, own, strict=True)] if residuals else own
+        out: torch.Tensor = self.wrapped(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            down_block_additional_residuals=residuals[:-1],
+            mid_block_additional_residual=residuals[-1],
+            return_dict=False,
+        )[0]
+        return out
+
+
+class ControlEmbedding(nn.Module):
+    """controlnet_cond [B, k, 3, H, W] in [0, 1], a picture for each ControlNet → control [B, k, c, h, w]."""
+
+    def __init__(self, controlnets: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleList(network.controlnet_cond_embedding for network in controlnets)
+        self.reversed = [network.config.controlnet_conditioning_channel_order == "bgr" for network in controlnets]
+
+    def forward(self, controlnet_cond: torch.Tensor) -> torch.Tensor:
+        """What the ControlNets see at every step."""
+        pictures = [controlnet_cond[:, index] for index in range(len(self.reversed))]
+        turned = [picture.flip(1) if turn else picture for picture, turn in zip(pictures, self.reversed, strict=True)]
+        return torch.stack([embed(picture) for embed, picture in zip(self.embeddings, turned, strict=True)], dim=1)
 
 
 class VaeDecoder(nn.Module):
@@ -198,6 +263,31 @@ def load_component(checkpoint: Checkpoint, folder: str) -> nn.Module:
     return model.eval()
 
 
+def load_controlnets(checkpoint: Checkpoint) -> list[nn.Module]:
+    """The checkpoint's ControlNets in float32, as diffusers makes them."""
+    import diffusers
+
+    return [
+        getattr(diffusers, CONTROLNET_CLASS)
+        .from_pretrained(
+            control.path,
+            torch_dtype=torch.float32,
+            variant=control.variant,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+        .eval()
+        for control in checkpoint.controlnets
+    ]
+
+
+def _load_unet(checkpoint: Checkpoint) -> nn.Module:
+    unet = load_component(checkpoint, "unet")
+    if not checkpoint.controlnets:
+        return UNet(unet)
+    return ControlledUNet(unet, load_controlnets(checkpoint), int(checkpoint.configs["vae"]["latent_channels"]))
+
+
 def _generator() -> torch.Generator:
     return torch.Generator("cpu").manual_seed(0)
 
@@ -224,6 +314,10 @@ def _unet_examples(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[
     }
     if (classes := checkpoint.num_class_embeds) is not None:
         inputs["class_labels"] = torch.randint(0, classes, (batch,), generator=generator)
+    if (count := len(checkpoint.controlnets)) > 0:
+        features = checkpoint.controlnets[0].features
+        inputs["control"] = torch.randn((batch, count, features, *size[2:]), generator=generator)
+        inputs["control_scales"] = torch.rand((batch, count), generator=generator) + 0.5
     return inputs
 
 
@@ -275,6 +369,13 @@ def _estimation(checkpoint: Checkpoint) -> DepthEstimation:
     return checkpoint.depth_estimation
 
 
+def _control_examples(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    batch, height, width = shape
+    factor = 4 * checkpoint.vae_downsample
+    size = (batch, len(checkpoint.controlnets), 3, height * factor, width * factor)
+    return {"controlnet_cond": torch.rand(size, generator=_generator())}
+
+
 def _text_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
     limit = int(checkpoint.configs["text_encoder"].get("max_position_embeddings", 77))
     return {"input_ids": {0: Dim("batch", min=1, max=MAX_BATCH), 1: Dim("sequence", min=2, max=limit)}}
@@ -290,7 +391,11 @@ def _unet_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
         "timestep": {0: batch},
         "encoder_hidden_states": {0: batch, 1: Dim("sequence", min=2, max=4096)},
     }
-    return dynamic if checkpoint.num_class_embeds is None else dynamic | {"class_labels": {0: batch}}
+    if checkpoint.num_class_embeds is not None:
+        dynamic["class_labels"] = {0: batch}
+    if checkpoint.controlnets:
+        dynamic |= {"control": {0: batch, 3: height, 4: width}, "control_scales": {0: batch}}
+    return dynamic
 
 
 def _latent_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -302,6 +407,12 @@ def _image_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
     factor = checkpoint.vae_downsample
     rows, columns = (Dim(name, min=2, max=MAX_LATENT_SIDE) for name in ("rows", "columns"))
     return {"sample": {0: Dim("batch", min=1, max=MAX_BATCH), 2: factor * rows, 3: factor * columns}}
+
+
+def _control_dynamic(checkpoint: Checkpoint) -> dict[str, Any]:
+    factor = checkpoint.vae_downsample
+    rows, columns = (Dim(name, min=2, max=MAX_LATENT_SIDE) for name in ("rows", "columns"))
+    return {"controlnet_cond": {0: Dim("batch", min=1, max=MAX_BATCH), 3: factor * rows, 4: factor * columns}}
 
 
 COMPONENTS: Mapping[str, ComponentSpec] = {
@@ -321,7 +432,7 @@ COMPONENTS: Mapping[str, ComponentSpec] = {
             name="unet",
             source="unet",
             output="out_sample",
-            build=lambda checkpoint: UNet(load_component(checkpoint, "unet")),
+            build=_load_unet,
             examples=_unet_examples,
             dynamic=_unet_dynamic,
             traced_with=(2, 2, 3),
@@ -344,6 +455,16 @@ COMPONENTS: Mapping[str, ComponentSpec] = {
             build=lambda checkpoint: VaeEncoder(load_component(checkpoint, "vae")),
             examples=_image_examples,
             dynamic=_image_dynamic,
+            traced_with=(2, 2, 3),
+            checked_with=((1, 1, 2), (3, 2, 1)),
+        ),
+        ComponentSpec(
+            name="control_embedding",
+            source=CONTROLNET,
+            output="control",
+            build=lambda checkpoint: ControlEmbedding(load_controlnets(checkpoint)),
+            examples=_control_examples,
+            dynamic=_control_dynamic,
             traced_with=(2, 2, 3),
             checked_with=((1, 1, 2), (3, 2, 1)),
         ),

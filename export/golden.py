@@ -25,6 +25,10 @@ _PIPELINES: Mapping[ModelTask, str] = {
     "depth-to-image": "StableDiffusionDepth2ImgPipeline",
     "editing": "StableDiffusionInstructPix2PixPipeline",
 }
+_STEERED: Mapping[ModelTask, str] = {
+    "text-to-image": "StableDiffusionControlNetPipeline",
+    "inpainting": "StableDiffusionControlNetInpaintPipeline",
+}
 _TAKING_SIZES: tuple[ModelTask, ...] = ("text-to-image", "inpainting")  # the others are of their picture's size
 _UNCHECKED: Mapping[str, object] = {"safety_checker": None, "feature_extractor": None}
 _PLAIN: Mapping[str, object] = {**_UNCHECKED, "image_encoder": None, "requires_safety_checker": False}
@@ -63,7 +67,7 @@ def draw_reference(checkpoint: Checkpoint, request: GoldenRequest) -> npt.NDArra
     import torch
     from transformers import CLIPTextModel
 
-    from sdrt.export.components import load_component, load_depth_pair
+    from sdrt.export.components import load_component, load_controlnets, load_depth_pair
 
     text_encoder = CLIPTextModel.from_pretrained(
         checkpoint.path / "text_encoder",
@@ -75,7 +79,10 @@ def draw_reference(checkpoint: Checkpoint, request: GoldenRequest) -> npt.NDArra
     others = dict(_WITHOUT[checkpoint.task])
     if estimates_depth:
         others["depth_estimator"], others["feature_extractor"] = load_depth_pair(checkpoint)
-    pipeline = getattr(diffusers, _PIPELINES[checkpoint.task]).from_pretrained(
+    kind = _PIPELINES[checkpoint.task]
+    if checkpoint.controlnets:
+        kind, others["controlnet"] = _STEERED[checkpoint.task], load_controlnets(checkpoint)
+    pipeline = getattr(diffusers, kind).from_pretrained(
         checkpoint.path,
         unet=load_component(checkpoint, "unet"),
         vae=load_component(checkpoint, "vae"),
@@ -94,8 +101,11 @@ def draw_reference(checkpoint: Checkpoint, request: GoldenRequest) -> npt.NDArra
             request.width,
             checkpoint.vae_downsample,
             estimates_depth=estimates_depth,
+            controls=len(checkpoint.controlnets),
         )
     )
+    if "control_image" in brought and checkpoint.task == "text-to-image":
+        brought["image"] = brought.pop("control_image")
     if "depth_map" in brought:
         brought["depth_map"] = torch.from_numpy(brought["depth_map"])[None]
     generator = torch.Generator("cpu").manual_seed(request.seed)

@@ -2,13 +2,20 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 
 from sdrt.cache import Store, cache_key
-from sdrt.export.checkpoint import Checkpoint, component_hashes, model_record, open_checkpoint
+from sdrt.export.checkpoint import (
+    CONTROLNET,
+    Checkpoint,
+    component_hashes,
+    model_record,
+    open_checkpoint,
+)
 from sdrt.export.golden import draw_reference, golden_request, reference_name, save_reference
 from sdrt.exported import EXPORT_FORMAT_VERSION, EXPORT_RECORD_NAME, ExportRecord, GoldenRequest
 from sdrt.files import staged_directory, unshare
@@ -21,6 +28,7 @@ SOURCES = {
     "unet": "unet",
     "vae_decoder": "vae",
     "vae_encoder": "vae",
+    "control_embedding": CONTROLNET,
     "depth_estimator": "depth_estimator",
 }
 _COPIED = ("tokenizer", "scheduler")
@@ -30,6 +38,7 @@ def export_model(
     model: Path,
     out: Path,
     *,
+    controlnets: Sequence[Path] = (),
     golden_size: tuple[int, int] | None = None,
     threads: int | None = None,
     overwrite: bool = False,
@@ -37,7 +46,7 @@ def export_model(
     progress: Progress = silent,
     store: Store | None = None,
 ) -> ExportRecord:
-    """Export a diffusers folder to the layout of `sdrt.exported`.
+    """Export a diffusers folder to the layout of `sdrt.exported`, with ControlNets (diffusers folders) in its UNet.
 
     golden_size: (height, width) of the reference image, by default the model's own size. A component whose inputs
     did not change comes from the cache, and an unchanged checkpoint never loads PyTorch.
@@ -45,7 +54,7 @@ def export_model(
     Raises CheckpointError, ExportError, OutputError.
     """
     store = Store() if store is None else store
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, controlnets)
     request = golden_request(checkpoint, golden_size)
     record = ExportRecord(
         format_version=EXPORT_FORMAT_VERSION,
@@ -54,7 +63,8 @@ def export_model(
         golden=request,
     )
     cores = available_cores() if threads is None else threads
-    components = [name for name, source in SOURCES.items() if source in checkpoint.weights]
+    there = {*checkpoint.weights, *([CONTROLNET] if checkpoint.controlnets else [])}
+    components = [name for name, source in SOURCES.items() if source in there]
     stages = [*components, "reference image"]
     with staged_directory(out, overwrite=overwrite) as staged:
         (staged / "golden").mkdir()

@@ -170,7 +170,8 @@ class ModelRecord:
     """What the runtime has to know of the checkpoint.
 
     conditioning_channels: how many channels the UNet takes beside the latents'. noise_augmentation: of upscaling.
-    depth_estimation: of depth-to-image, where the checkpoint brought a depth estimator.
+    depth_estimation: of depth-to-image, where the checkpoint brought a depth estimator. controlnets: the names of those
+    in the step graph, in order; control_features: the channels of what they make of their pictures.
     """
 
     name: str
@@ -189,6 +190,8 @@ class ModelRecord:
     scheduler_config: dict[str, Any]  # JSON values, as the checkpoint has them
     noise_augmentation: NoiseAugmentation | None = None
     depth_estimation: DepthEstimation | None = None
+    controlnets: tuple[str, ...] = ()
+    control_features: int = 0
 
     @property
     def lanes_per_image(self) -> int:
@@ -419,6 +422,8 @@ def _faults(manifest: Manifest) -> Iterator[str]:
         yield "two engines have one name"
     if manifest.model.depth_estimation is not None and "depth_estimator" not in names:
         yield "the model estimates depth, and there is no engine depth_estimator"
+    if manifest.model.controlnets and "control_embedding" not in names:
+        yield "the model has ControlNets, and there is no engine control_embedding"
     for component in manifest.components:
         if not component.files:
             yield f"the engine {component.name} has no file"

@@ -18,6 +18,18 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Steering:
+    """What k ControlNets are given at every step.
+
+    control: float32 [k, c, h, w], what they make of their pictures. scales: float32 [rows, k], how much each counts in
+    each row.
+    """
+
+    control: FloatArray
+    scales: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Start:
     """One image before its first step.
 

@@ -68,6 +68,7 @@ def lasting_inputs(trajectories: Sequence[Trajectory]) -> dict[str, Array]:
         **_known_inputs(trajectories),
         **_conditioning_inputs(trajectories, lanes),
         **_class_inputs(trajectories),
+        **_control_inputs(trajectories),
     }
 
 
@@ -98,6 +99,12 @@ def _class_inputs(trajectories: Sequence[Trajectory]) -> dict[str, Array]:
     return {"class_labels": np.array(labels, np.int64)} if labels else {}
 
 
+def _control_inputs(trajectories: Sequence[Trajectory]) -> dict[str, Array]:
+    """What steers each, where the network has ControlNets."""
+    arrays = [item.steering.control for item in trajectories if item.steering is not None]
+    return {"control": np.stack(arrays)} if arrays else {}
+
+
 def row_inputs(trajectories: Sequence[Trajectory], rows: int) -> dict[str, Array]:
     """The step graph's inputs that each row has its own of, for the next rows: each array [rows, …]."""
     slots = trajectories[0].state.shape[0]
@@ -107,7 +114,13 @@ def row_inputs(trajectories: Sequence[Trajectory], rows: int) -> dict[str, Array
     for index, (item, (plan, span)) in enumerate(zip(trajectories, spans, strict=True)):
         if item.start.known is not None:
             weights[:, index] = plan.known_weights(span)
+    scales = [
+        item.steering.scales[span]
+        for item, (_, span) in zip(trajectories, spans, strict=True)
+        if item.steering is not None
+    ]
     return {
+        **({"control_scales": np.stack(scales, axis=1)} if scales else {}),
         "input_scale": np.stack([plan.input_scales[span] for plan, span in spans], axis=1).astype(np.float32),
         "timestep": np.stack([plan.timesteps[span] for plan, span in per_lane], axis=1).astype(np.float32),
         "clamp": np.stack([plan.clamps(span) for plan, span in spans], axis=1),

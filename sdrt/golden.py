@@ -11,17 +11,23 @@ from sdrt.bundle import ModelTask
 NOISE_LEVEL = 20
 IMAGE_GUIDANCE_SCALE = 1.5
 STRENGTH = 0.8
+CONTROL_SCALE = 0.75
 
 
 def golden_fields(
-    task: ModelTask, height: int, width: int, vae_downsample: int, *, estimates_depth: bool = False
+    task: ModelTask, height: int, width: int, vae_downsample: int, *, estimates_depth: bool = False, controls: int = 0
 ) -> Mapping[str, object]:
     """Fields of `sdrt.request.Request` for an image of this size, in pixels; none for text-to-image.
 
-    estimates_depth: the checkpoint has a depth estimator, so that the image's depth is not given.
+    estimates_depth: the checkpoint has a depth estimator, so that the image's depth is not given. controls: how many
+    ControlNets there are.
 
     They are those of the diffusers pipelines too, but for `depth_map`, which is float32 [H, W] here.
     """
+    if controls:
+        pictures = [_picture(height + 8 * index, width) for index in range(controls)]
+        steered = {"control_image": pictures, "controlnet_conditioning_scale": [CONTROL_SCALE] * controls}
+        return {**golden_fields(task, height, width, vae_downsample), **steered}
     if task == "upscaling":
         small = _picture(height // vae_downsample, width // vae_downsample)
         return {"image": small, "noise_level": NOISE_LEVEL}

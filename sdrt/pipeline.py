@@ -14,6 +14,8 @@ from PIL import Image
 
 from sdrt._version import VERSION
 from sdrt.bundle import Bundle, JsonValue
+from sdrt.conditions import Steering
+from sdrt.controls import control_parameters, steer
 from sdrt.depth import estimate_depth
 from sdrt.errors import RequestError
 from sdrt.guidance import Guidance, guidance_of
@@ -108,6 +110,7 @@ class Result:
             "timesteps": _listed(request.timesteps),
             "sigmas": _listed(request.sigmas),
             "windowed": request.windowed,
+            **control_parameters(request.controls),
             "task": request.task.name,
             **request.task.parameters(),
             **({} if request.hires is None else request.hires.task.parameters()),
@@ -245,8 +248,9 @@ class Pipeline:
         engines = _Engines(
             encode=_once(_sample_key, self._posterior), estimate_depth=_once(_image_key, self._estimate_depth)
         )
+        steering = self._steering(request)
         images = range(request.num_images_per_prompt)
-        trajectories = tuple(self._start(request, index, guidance, engines) for index in images)
+        trajectories = tuple(self._start(request, index, guidance, steering, engines) for index in images)
         return Prepared(
             request=request,
             trajectories=trajectories,
@@ -272,7 +276,7 @@ class Pipeline:
         drawn = Drawn(latents=prepared.trajectories[index].latents[None], decode=decode)
         request = prepared.following
         engines = _Engines(encode=self._posterior, estimate_depth=self._estimate_depth)
-        trajectory = self._start(request, index, self._guidance(request), engines, drawn)
+        trajectory = self._start(request, index, self._guidance(request), self._steering(request), engines, drawn)
         return Followed(
             trajectory=trajectory,
             vae_encoder_seconds=time.perf_counter() - began - decoding,
@@ -434,7 +438,8 @@ class Pipeline:
         request: ResolvedRequest,
         index: int,
         guidance: Guidance,
-        engines: "_Engines",
+        steering: Steering | None,
+        engines: _Engines,
         drawn: Drawn | None = None,
     ) -> Trajectory:
         """Image `index` before the first row of a pass."""
@@ -456,6 +461,7 @@ class Pipeline:
             generator=generator,
             slots=self.bundle.manifest.state_slots,
             start=request.task.start(preparation),
+            steering=steering,
             windows=self._windows(request),
         )
 
@@ -472,6 +478,10 @@ class Pipeline:
         height, width = window_size(profile, request.height, request.width)
         size, window = (request.height // side, request.width // side), (height // side, width // side)
         return windows_over(size, window, profile.max_batch)
+
+    def _steering(self, request: ResolvedRequest) -> Steering | None:
+        model, rows = self.bundle.manifest.model, len(request.plan)
+        return steer(request.controls, model, self.runner, rows, request.height, request.width)
 
     def _guidance(self, request: ResolvedRequest) -> Guidance:
         negative = self._prompts.encode(request.negative_prompt) if request.guided else None

@@ -32,6 +32,9 @@ class Request:
     depth_map: of depth-to-image, how near each place is, as an image, 8 or 16 bits, or an array [H, W]: larger is
     nearer. Without an `image` it begins with noise.
     image_guidance_scale: of editing, how close to `image` the result stays, 1.5 unless given.
+    control_image: what the bundle's ControlNet is shown, in the size of the result; of several ControlNets a list with
+    an image for each, or None for one that is to have no say. controlnet_conditioning_scale: how much each counts, 1
+    unless given. control_guidance_start, control_guidance_end: in which part of the steps, 0 to 1.
     hires_scale: draw in two passes ("hires fix"): height and width are the first one's, a base that the model is good
     at; then the result is enlarged by this much, to the nearest size of the VAE, and drawn again as image-to-image.
     hires_upscaler: what enlarges, "latent" (bilinear), "latent-nearest", "latent-bicubic", or "lanczos" (of pixels).
@@ -76,6 +79,10 @@ class Request:
     noise_level: int | None = None
     depth_map: Image.Image | npt.NDArray[np.generic] | None = None
     image_guidance_scale: float | None = None
+    control_image: Image.Image | Sequence[Image.Image | None] | None = None
+    controlnet_conditioning_scale: float | Sequence[float] | None = None
+    control_guidance_start: float | Sequence[float] | None = None
+    control_guidance_end: float | Sequence[float] | None = None
     hires_scale: float | None = None
     hires_upscaler: str | None = None
     hires_strength: float | None = None

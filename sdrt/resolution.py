@@ -3,12 +3,14 @@
 import math
 import reprlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sdrt.bundle import Manifest
 from sdrt.checks import check_finite, check_flag, check_share, check_whole, shown
+from sdrt.controls import Control, check_control_size, resolve_controls, size_of_controls
 from sdrt.errors import RequestError
 from sdrt.image import LARGEST_PIXELS
 from sdrt.noise import GENERATORS, GeneratorName, Variation
@@ -34,7 +36,7 @@ class ResolvedRequest:
 
     seeds, variations: those of each image. image_guidance_scale: of editing.
     windowed: larger than the engines take at once. hires: the second pass, a request of its own that begins with what
-    this one draws.
+    this one draws. controls: one for each ControlNet of the bundle, or none.
     """
 
     prompt: str
@@ -57,6 +59,7 @@ class ResolvedRequest:
     image_guidance_scale: float | None
     windowed: bool
     variations: tuple[Variation | None, ...]
+    controls: tuple[Control, ...] = ()
     hires: "ResolvedRequest | None" = None
 
     @property
@@ -119,7 +122,8 @@ def _resolve_hires(request: Request, manifest: Manifest, first: ResolvedRequest,
 
 def _resolve(request: Request, manifest: Manifest, task: Task) -> ResolvedRequest:
     """One pass of a request, which does `task`. Raises RequestError."""
-    height, width, windowed = _resolve_size(request, manifest, task)
+    controls = resolve_controls(request, manifest.model)
+    height, width, windowed = _resolve_size(request, manifest, task, controls)
     task = task.resized(height, width)
     guidance_scale = check_finite("guidance_scale", request.guidance_scale)
     eta = check_share("eta", request.eta, hint="give a number from 0 (no noise) to 1")
@@ -159,6 +163,7 @@ def _resolve(request: Request, manifest: Manifest, task: Task) -> ResolvedReques
         task=task,
         image_guidance_scale=task.image_guidance_scale if isinstance(task, Editing) else None,
         windowed=windowed,
+        controls=controls,
     )
     if resolved.guided and not resolved.guided_rows:
         raise RequestError(
@@ -184,16 +189,24 @@ def _resolve_variations(
     return seeds, tuple(Variation(seed=other, share=share, generator=generator) for other in others)
 
 
-def _resolve_size(request: Request, manifest: Manifest, task: Task) -> tuple[int, int, bool]:
-    """(height, width), as asked for, else what the task works on, else the model's own; and whether in windows."""
+def _resolve_size(
+    request: Request, manifest: Manifest, task: Task, controls: Sequence[Control]
+) -> tuple[int, int, bool]:
+    """(height, width), as asked for, else what task or controls bring, else the model's; and whether in windows."""
     model, profile = manifest.model, manifest.profile
-    default = nearest_size(profile, model.default_height, model.default_width) if task.size is None else task.size
+    default = size_of_controls(controls, profile) if task.size is None else task.size
+    if default is None:
+        default = nearest_size(profile, model.default_height, model.default_width)
     height = default[0] if request.height is None else check_whole("height", request.height, 1, 10**6)
     width = default[1] if request.width is None else check_whole("width", request.width, 1, 10**6)
     windowed = check_flag("windowed", request.windowed) or task.windowed
+    if controls and request.padding_mask_crop is not None:
+        hint = "leave padding_mask_crop out, or control_image"
+        raise RequestError("padding_mask_crop is given beside a control_image, which is for the whole image", hint=hint)
     if profile.accepts(height, width):
         return height, width, False
     if windowed and fits_windows(profile, height, width):
+        check_control_size(controls, height, width, profile)
         return height, width, True
     near = nearest_size(profile, height, width)
     reason = ""

@@ -43,30 +43,47 @@ _OF_MORE_CHANNELS = (
     StepInput(name="conditioning", dimensions=("requests", "conditions", "height", "width")),
     StepInput(name="lane_conditioning", dimensions=("lanes",), inert=None),
 )
+_OF_CONTROLS = (
+    StepInput(name="control", dimensions=("requests", "controls", "control_features", "height", "width")),
+    StepInput(name="control_scales", dimensions=("requests", "controls"), each_row=True),
+)
 _OF_CLASSES = (StepInput(name="class_labels", dimensions=("lanes",), dtype="int64", inert=None),)
 
 # Every input that a step graph may have, by name.
 ALL_STEP_INPUTS: Mapping[str, StepInput] = MappingProxyType(
-    {entry.name: entry for entry in (*_ALWAYS, *_OF_MORE_CHANNELS, *_OF_CLASSES)}
+    {entry.name: entry for entry in (*_ALWAYS, *_OF_MORE_CHANNELS, *_OF_CLASSES, *_OF_CONTROLS)}
 )
 
 
-def step_inputs_of(*, conditioning_channels: int = 0, class_labels: bool = False) -> tuple[StepInput, ...]:
-    """The inputs for a UNet with this many channels beside the latents', and perhaps with class labels, in order."""
+def step_inputs_of(
+    *, conditioning_channels: int = 0, class_labels: bool = False, controls: bool = False
+) -> tuple[StepInput, ...]:
+    """The inputs for a UNet with this many channels beside the latents', perhaps with class labels or ControlNets."""
     more = _OF_MORE_CHANNELS if conditioning_channels else ()
-    return (*_ALWAYS, *more, *(_OF_CLASSES if class_labels else ()))
+    return (*_ALWAYS, *more, *(_OF_CLASSES if class_labels else ()), *(_OF_CONTROLS if controls else ()))
 
 
 def fixed_sizes(
-    *, slots: int, channels: int | str, features: int | str, conditioning_channels: int = 0
+    *,
+    slots: int,
+    channels: int | str,
+    features: int | str,
+    conditioning_channels: int = 0,
+    controls: int = 0,
+    control_features: int = 0,
 ) -> dict[str, int | str]:
-    """The sizes of the dimensions that are no more than one bundle's: those of its model, and of the step itself."""
+    """The sizes of the dimensions that are no more than one bundle's: those of its model, and of the step itself.
+
+    controls: how many ControlNets there are; control_features: the channels of what they see, embedded.
+    """
     return {
         "slots": slots,
         "columns": slots + COLUMNS_BESIDE_SLOTS,
         "channels": channels,
         "features": features,
         "conditions": conditioning_channels,
+        "controls": controls,
+        "control_features": control_features,
         "limits": 3,
         "one": 1,
         "two": 2,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sdrt.conditions import Known, Start
+from sdrt.conditions import Known, Start, Steering
 from sdrt.guidance import Guidance, Lane
 from sdrt.noise import Generator
 from sdrt.plan import SamplingPlan
@@ -16,7 +16,8 @@ from sdrt.windows import Window, Windows
 class Trajectory:
     """state: float32 [n, C, h, w], the latents in slot 0. `row` is the next row of the plan to run.
 
-    start: what it began with, and what conditions it. windows: where the latents are larger than the engines take.
+    start: what it began with, and what conditions it. steering: of a bundle with ControlNets. windows: where the
+    latents are larger than the engines take.
     """
 
     plan: SamplingPlan
@@ -24,6 +25,7 @@ class Trajectory:
     generator: Generator
     start: Start
     state: FloatArray
+    steering: Steering | None = None
     windows: Windows | None = None
     row: int = 0
     _noise: FloatArray | None = field(default=None, repr=False)
@@ -84,7 +86,7 @@ class Trajectory:
 
     def within(self, window: Window) -> "Trajectory":
         """What of it lies in a window, at the same row, to be stepped once."""
-        start, known = self.start, self.start.known
+        start, known, steering = self.start, self.start.known, self.steering
         inside = replace(
             start,
             latents=window.cut(start.latents),
@@ -99,6 +101,7 @@ class Trajectory:
             generator=self.generator,
             start=inside,
             state=window.cut(self.state),
+            steering=None if steering is None else replace(steering, control=window.cut(steering.control)),
             row=self.row,
             _noise=window.cut(self.noise()),
         )
@@ -117,9 +120,18 @@ def start_trajectory(
     generator: Generator,
     slots: int,
     start: Start,
+    steering: Steering | None = None,
     windows: Windows | None = None,
 ) -> Trajectory:
     """A trajectory at row 0. generator: for the noise of rows."""
     state = np.zeros((slots, *start.latents.shape), np.float32)
     state[0] = start.latents
-    return Trajectory(plan=plan, guidance=guidance, generator=generator, start=start, state=state, windows=windows)
+    return Trajectory(
+        plan=plan,
+        guidance=guidance,
+        generator=generator,
+        start=start,
+        state=state,
+        steering=steering,
+        windows=windows,
+    )

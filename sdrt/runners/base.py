@@ -19,10 +19,11 @@ STEP = "step"
 VAE_DECODER = "vae_decoder"
 VAE_ENCODER = "vae_encoder"
 DEPTH_ESTIMATOR = "depth_estimator"
+CONTROL_EMBEDDING = "control_embedding"
 VAE_DECODER_FLOAT32 = "vae_decoder_float32"  # of FP16 bundles: what decodes again when the other one overflows
 
 # What a bf16 bundle computes in float32: it runs once a request, and its error would reach every step.
-IN_FLOAT32 = (TEXT_ENCODER, DEPTH_ESTIMATOR)
+IN_FLOAT32 = (TEXT_ENCODER, DEPTH_ESTIMATOR, CONTROL_EMBEDDING)
 
 
 class Runner(Protocol):
@@ -37,6 +38,8 @@ class Runner(Protocol):
     - `vae_encoder`: sample float32 [B, 3, H, W] → latent_parameters float32 [B, 2C, h, w] (mean, log-variance)
     - `depth_estimator`: pixel_values float32 [1, 3, H, W] → predicted_depth float32 [1, H', W'], in bundles whose
       checkpoint brought one
+    - `control_embedding`: controlnet_cond float32 [B, k, 3, H, W] in [0, 1] → control float32 [B, k, c, h, w], in
+      bundles with k ControlNets
     """
 
     def run(self, component: str, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:

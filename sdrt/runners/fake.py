@@ -8,7 +8,16 @@ from typing import Self
 import numpy as np
 
 from sdrt.errors import BackendError
-from sdrt.runners.base import DEPTH_ESTIMATOR, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array, FloatArray
+from sdrt.runners.base import (
+    CONTROL_EMBEDDING,
+    DEPTH_ESTIMATOR,
+    STEP,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Array,
+    FloatArray,
+)
 from sdrt.step_border import fixed_sizes, step_inputs_of
 
 Fault = Callable[[str, Mapping[str, Array]], None]
@@ -112,6 +121,14 @@ class FakeRunner:
         mean = np.concatenate([blocks, blocks[:, :1]], axis=1)
         return {"latent_parameters": np.concatenate([mean, np.full_like(mean, -30.0)], axis=1)}
 
+    def _control_embedding(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
+        _check_feeds("control_embedding", feeds, {"controlnet_cond": ("f", (None, None, 3, None, None))})
+        pictures = feeds["controlnet_cond"].astype(np.float32)
+        batch, count, _, height, width = pictures.shape
+        side = self.downsample
+        blocks = pictures.reshape(batch, count, 3, height // side, side, width // side, side).mean((4, 6))
+        return {"control": blocks}
+
     def _depth_estimator(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
         _check_feeds("depth_estimator", feeds, {"pixel_values": ("f", (1, 3, None, None))})
         return {"predicted_depth": feeds["pixel_values"].astype(np.float32).mean(1)}
@@ -121,8 +138,16 @@ def _check_step(feeds: Mapping[str, Array], embeds_dim: int) -> None:
     requests, slots, channels, height, width = _shape(feeds, "state", 5)
     (lanes,) = _shape(feeds, "lane_request", 1)
     conditions = _shape(feeds, "conditioning", 4)[1] if "conditioning" in feeds else 0
+    controls, control_features = _shape(feeds, "control", 5)[1:3] if "control" in feeds else (0, 0)
     sizes: Mapping[str, int | str] = {
-        **fixed_sizes(slots=slots, channels=channels, features=embeds_dim, conditioning_channels=conditions),
+        **fixed_sizes(
+            slots=slots,
+            channels=channels,
+            features=embeds_dim,
+            conditioning_channels=conditions,
+            controls=controls,
+            control_features=control_features,
+        ),
         **{"requests": requests, "lanes": lanes, "height": height, "width": width},
         "length": _shape(feeds, "prompt_embeds", 3)[1],
     }
@@ -131,7 +156,9 @@ def _check_step(feeds: Mapping[str, Array], embeds_dim: int) -> None:
             "i" if entry.dtype == "int64" else "f",
             tuple(int(sizes[dimension]) for dimension in entry.dimensions),
         )
-        for entry in step_inputs_of(conditioning_channels=conditions, class_labels="class_labels" in feeds)
+        for entry in step_inputs_of(
+            conditioning_channels=conditions, class_labels="class_labels" in feeds, controls=controls > 0
+        )
     }
     _check_feeds(STEP, feeds, wanted)
     owners = feeds["lane_request"].astype(np.int64)
@@ -183,12 +210,15 @@ def _network(sample: FloatArray, timestep: float, embeds: Array) -> FloatArray:
 
 
 def _seen(feeds: Mapping[str, Array], lane: int, request: np.int64) -> FloatArray:
-    """What a lane makes of its request's conditioning and its class; nothing where there are none."""
+    """What a lane makes of its request's conditioning, class and controls; nothing where there are none."""
     seen = np.float32(0)
     if "conditioning" in feeds:
         seen = seen + feeds["lane_conditioning"][lane] * feeds["conditioning"][request].mean(0)
     if "class_labels" in feeds:
         seen = seen + np.float32(feeds["class_labels"][lane]) / np.float32(1000)
+    if "control" in feeds:
+        weights = feeds["control_scales"][request].astype(np.float32)
+        seen = seen + np.einsum("k,kchw->hw", weights, feeds["control"][request])
     return np.asarray(seen, np.float32)
 
 
@@ -197,5 +227,6 @@ _COMPONENTS: Mapping[str, Callable[[FakeRunner, Mapping[str, Array]], dict[str, 
     STEP: FakeRunner._step,
     VAE_DECODER: FakeRunner._vae_decoder,
     VAE_ENCODER: FakeRunner._vae_encoder,
+    CONTROL_EMBEDDING: FakeRunner._control_embedding,
     DEPTH_ESTIMATOR: FakeRunner._depth_estimator,
 }
