@@ -16,7 +16,9 @@ from sdrt.errors import BundleError, CheckpointError, ParityError, RequestError
 from sdrt.runners.base import DEPTH_ESTIMATOR, FloatArray, Runner
 
 PROCESSOR_FILE = "feature_extractor/preprocessor_config.json"
-_PROCESSORS = tuple(f"DPT{kind}" for kind in ("ImageProcessor", "FeatureExtractor", "ImageProcessorFast"))
+_PROCESSORS = tuple(
+    f"DPT{kind}" for kind in ("ImageProcessor", "FeatureExtractor", "ImageProcessorFast", "ImageProcessorPil")
+)
 _HONOURED = frozenset(
     {"do_resize", "size", "resample", "keep_aspect_ratio", "ensure_multiple_of", "do_rescale", "rescale_factor"}
     | {"do_normalize", "image_mean", "image_std", "do_pad", "size_divisor", "default_to_square"}
@@ -94,7 +96,7 @@ def to_pixel_values(estimation: DepthEstimation, image: Image.Image) -> FloatArr
     height, width = _resized(estimation, image.height, image.width)
     resized = image.resize((width, height), Image.Resampling(estimation.resample))
     scaled = (np.asarray(resized).astype(np.float64) * estimation.scale).astype(np.float32)
-    normal = (scaled - np.float32(estimation.mean)) / np.float32(estimation.std)
+    normal = (scaled - np.array(estimation.mean, np.float32)) / np.array(estimation.std, np.float32)
     whole = input_size(estimation, image.height, image.width)
     missing = [most - side for most, side in zip(whole, normal.shape[:2], strict=True)]
     edges = [(count // 2, count - count // 2) for count in missing]
@@ -117,7 +119,8 @@ def estimate_depth(runner: Runner, image: Image.Image, estimation: DepthEstimati
             f"{np.count_nonzero(~np.isfinite(depth))} of {depth.size} values of the depth are NaN or infinite",
             hint="build the bundle again with --precision fp32, or give a depth_map",
         )
-    return depth[0]
+    near: FloatArray = depth[0]
+    return near
 
 
 def _resized(estimation: DepthEstimation, height: int, width: int) -> tuple[int, int]:

@@ -7,6 +7,8 @@ Layout (components as Hugging Face Optimum names them):
     unet/model.onnx                                sample, timestep, encoder_hidden_states → out_sample
     vae_decoder/model.onnx                         latent_sample → sample
     vae_encoder/model.onnx                         sample → latent_parameters
+    depth_estimator/model.onnx                     pixel_values → predicted_depth; with
+        feature_extractor/preprocessor_config.json, where a depth-to-image checkpoint brought both
     <component>/config.json, tokenizer/…, scheduler/scheduler_config.json
     golden/<component>.npz                         arrays "input.<name>" and "output.<name>", made by PyTorch
     golden/image.npz                               the reference image, uint8 [H, W, 3], as "image"

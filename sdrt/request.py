@@ -30,7 +30,8 @@ class Request:
     before, "edge" (the border's pixels), "noise" or a colour.
     noise_level: of upscaling, how noisy the small `image` is made first, 20 unless given: more forgives its faults.
     depth_map: of depth-to-image, how near each place is, as an image, 8 or 16 bits, or an array [H, W]: larger is
-    nearer. Without an `image` it begins with noise.
+    nearer. Without an `image` it begins with noise. Where the checkpoint brought a depth estimator, an `image` alone
+    will do: its depth is estimated.
     image_guidance_scale: of editing, how close to `image` the result stays, 1.5 unless given.
     control_image: what the bundle's ControlNet is shown, in the size of the result; of several ControlNets a list with
     an image for each, or None for one that is to have no say. controlnet_conditioning_scale: how much each counts, 1

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
-    from sdrt.bundle import Bundle, Float32Islands, JsonValue
+    from sdrt.bundle import Bundle, Float32Islands, JsonValue, ModelRecord
     from sdrt.runners.engine_layers import EngineLayers
 
 _LAYERS_HEAD = ("component", "layer", "gives", "count")
@@ -77,6 +77,7 @@ def _bundle_lines(bundle: "Bundle") -> "list[Text | str]":
     rows = [
         ("model", f"{model.name}, {model.task}, {model.identity[:12]}"),
         ("tasks", ", ".join(possible_tasks(model))),
+        *_depth_rows(model),
         ("backend", f"{backend.name} {backend.version.split('-')[0]} on {backend.device}{features}"),
         ("precision", manifest.precision),
         ("images", f"{describe_sizes(manifest.profile)}; up to {manifest.profile.max_batch} at a time"),
@@ -96,6 +97,17 @@ def _bundle_lines(bundle: "Bundle") -> "list[Text | str]":
     islands = [(item.name, _islands_text(item.islands)) for item in manifest.components if item.islands is not None]
     kept: list[Text | str] = ["", title("Kept in float32"), *facts(islands)] if islands else []
     return [title(f"{bundle.path}: a bundle"), *facts(rows), "", *parity_table(bundle), *kept]
+
+
+def _depth_rows(model: "ModelRecord") -> list[tuple[str, str]]:
+    """Where the depth of depth-to-image comes from."""
+    if model.task != "depth-to-image":
+        return []
+    estimation = model.depth_estimation
+    if estimation is None:
+        return [("depth", "of a map that the request brings")]
+    size = "any size" if estimation.takes is None else f"{estimation.takes[1]}x{estimation.takes[0]}"
+    return [("depth", f"of a map that the request brings, else estimated from the image ({size})")]
 
 
 def _layer_lines(found: "Mapping[str, EngineLayers]") -> "list[Text | str]":

@@ -71,7 +71,8 @@ DepthFile = Annotated[
     typer.Option(
         "--depth",
         metavar="FILE",
-        help="For depth-to-image bundles: how near each place is, .npy or a grey PNG of 8 or 16 bits.",
+        help="For depth-to-image bundles: how near each place is, .npy or a grey PNG of 8 or 16 bits. "
+        "Default: estimated from --image, where the checkpoint brought an estimator.",
         show_default=False,
     ),
 ]

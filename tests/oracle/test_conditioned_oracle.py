@@ -23,7 +23,10 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A function of a pipeline's class: that pipeline of diffusers on a random checkpoint, and sdrt's on its bundle."""
+    """A function of a pipeline's class: that pipeline of diffusers on a random checkpoint, and sdrt's on its bundle.
+
+    depth: the kind of depth estimator in the checkpoint.
+    """
     import diffusers
     import torch
 
@@ -33,11 +36,12 @@ def pair(tmp_path_factory):
 
     made = {}
 
-    def make(name):
-        if name not in made:
+    def make(name, depth=None):
+        if (name, depth) not in made:
             channels, absent = KINDS[name]
+            absent = absent if depth is None else {}
             folder = tmp_path_factory.mktemp(name)
-            make_tiny_checkpoint(folder / "model", pipeline_class=name, conditioning_channels=channels)
+            make_tiny_checkpoint(folder / "model", pipeline_class=name, conditioning_channels=channels, depth=depth)
             export_model(folder / "model", folder / "onnx", progress=silent)
             options = BuildOptions(backend="openvino", precision="fp32", sizes="48..192", batch="1..4")
             build_bundle(folder / "onnx", folder / "tiny.sdrt", options, silent)
@@ -45,8 +49,8 @@ def pair(tmp_path_factory):
                 folder / "model", torch_dtype=torch.float32, local_files_only=True, **absent
             )
             reference.set_progress_bar_config(disable=True)
-            made[name] = (reference, sdrt.open(folder / "tiny.sdrt"))
-        return made[name]
+            made[name, depth] = (reference, sdrt.open(folder / "tiny.sdrt"))
+        return made[name, depth]
 
     yield make
     for _, pipeline in made.values():
@@ -114,6 +118,31 @@ def test_depth_to_image(pair, width, height, strength):
         ours={"depth_map": depth},
         theirs={"depth_map": torch.from_numpy(depth)[None]},
     )
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("estimator", ["hybrid", "vit", "dinov2"])
+def test_depth_to_image_of_estimated_depth(pair, estimator, width, height, strength):
+    both = pair("StableDiffusionDepth2ImgPipeline", estimator)
+    assert_same(both, {"image": picture(width, height), "strength": strength})
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("estimator", ["hybrid", "vit", "dinov2"])
+def test_estimated_depth(pair, estimator, width, height):
+    """The values themselves, image processor included."""
+    import torch
+
+    from sdrt.depth import estimate_depth
+
+    reference, pipeline = pair("StableDiffusionDepth2ImgPipeline", estimator)
+    given = reference.feature_extractor(images=picture(width, height), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        theirs = reference.depth_estimator(given).predicted_depth[0].numpy()
+    ours = estimate_depth(pipeline.runner, picture(width, height), pipeline.bundle.manifest.model.depth_estimation)
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= 1e-3 * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("scales", [(7.5, 1.5), (3.0, 1.0), (1.0, 1.5)])
