@@ -2,12 +2,15 @@
 
 import time
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from sdrt.bundle import Bundle, GoldenRecord, ParityRecord, verify_files, write_manifest
 from sdrt.errors import BundleError, ParityError
+from sdrt.golden import golden_fields
 from sdrt.parity import Pixels, image_parity, meets
 from sdrt.pipeline import Pipeline
 from sdrt.progress import Progress, silent
@@ -93,6 +96,14 @@ def _draw(
     bundle: Bundle, golden: GoldenRecord, threads: int | None, provider: str | None, progress: Progress
 ) -> Pixels:
     progress("loading the engines", 0, 1)
+    model = bundle.manifest.model
+    brought: Mapping[str, Any] = golden_fields(
+        model.task,
+        golden.height,
+        golden.width,
+        model.vae_downsample,
+        estimates_depth=model.depth_estimation is not None,
+    )
     request = Request(
         prompt=golden.prompt,
         seed=golden.seed,
@@ -100,6 +111,7 @@ def _draw(
         guidance_scale=golden.guidance_scale,
         height=golden.height,
         width=golden.width,
+        **brought,
     )
     with Pipeline(bundle, open_runner(bundle, threads=threads, provider=provider)) as pipeline:
         for event in pipeline.stream(request, latents=False):

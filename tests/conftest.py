@@ -131,10 +131,13 @@ def make_tiny_depth_estimator(kind: str):  # type: ignore[no-untyped-def]
     torch.manual_seed(5)
     model = DPTForDepthEstimation(DPTConfig(**options)).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # as they are made, the depth would be about the same everywhere
+        for name, parameter in model.named_parameters():  # as they are made, the depth is the same everywhere
             if parameter.ndim > 1:
-                parameter.normal_(std=1.2 * (parameter.numel() / len(parameter)) ** -0.5)
-        model.head.head[4].bias.fill_(1.0)
+                own = 1.0 if "position" in name else 1.2 * (parameter.numel() / len(parameter)) ** -0.5
+                parameter.normal_(std=own)
+            elif name.startswith("head") and name.endswith("bias"):
+                parameter.fill_(1.0)
+        model.head.head[4].weight.abs_()  # what a last ReLU does not cut off
     return model, DPTImageProcessorPil(**processor)
 
 

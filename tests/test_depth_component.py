@@ -11,15 +11,17 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 import sdrt
+from sdrt.bundle import read_manifest, write_manifest
 from sdrt.cache import Store
 from sdrt.cli import run_command
 from sdrt.engines.build import BuildOptions, build_bundle
 from sdrt.engines.onnx_folder import read_onnx_folder
 from sdrt.engines.optimization import optimization_profiles
-from sdrt.errors import CheckpointError
+from sdrt.errors import BuildError, CheckpointError
 from sdrt.export.checkpoint import component_hashes, identity_of, open_checkpoint
 from sdrt.export.produce import export_component
 from sdrt.progress import silent
+from sdrt.verify import verify_bundle
 from tests.component_source import source_of
 from tests.conftest import make_tiny_checkpoint
 
@@ -138,6 +140,11 @@ def test_inspect_shows_it(bundle, capsys):
     assert "depth_estimator" in said
 
 
+def test_verify_draws_the_golden_image_of_its_own_picture_and_depth(bundle):
+    found = verify_bundle(sdrt.Bundle.open(bundle), threads=1)
+    assert found.parity.measured <= found.parity.bound
+
+
 def test_run_needs_no_depth(bundle, tmp_path):
     picture().save(tmp_path / "x.png")
     options = ["--image", str(tmp_path / "x.png"), "--steps", "2", "--out", str(tmp_path / "out.png")]
@@ -204,6 +211,13 @@ def test_the_index_says_whether_there_is_one(checkpoint, tmp_path, entry, expect
         return
     with pytest.raises(CheckpointError, match=expected):
         open_checkpoint(changed)
+
+
+def test_a_manifest_that_tells_of_an_estimator_and_has_none_is_not_written(bundle, tmp_path):
+    manifest = read_manifest(bundle)
+    others = tuple(component for component in manifest.components if component.name != "depth_estimator")
+    with pytest.raises(BuildError, match="no engine depth_estimator"):
+        write_manifest(tmp_path, replace(manifest, components=others))
 
 
 def test_tensorrt_gets_a_profile_of_all_that_images_become(bundle):

@@ -70,7 +70,7 @@ class DepthToImage:
 
     def start(self, preparation: Preparation) -> Start:
         """The image's latents with noise, or noise alone; both drawn as in the reference."""
-        depth = self._depth(preparation)
+        depth = bicubic(self._depth(preparation), *preparation.shape[1:])
         if self.image is None:
             latents = preparation.only_noise(preparation.noise())
         else:
@@ -78,7 +78,7 @@ class DepthToImage:
             latents = preparation.with_noise(known, preparation.noise())
         return Start(
             latents=latents,
-            conditioning=normalised(bicubic(depth, *preparation.shape[1:]))[None],
+            conditioning=normalised(depth)[None],
             warnings=(_FLAT,) if depth.min() == depth.max() else (),
         )
 
