@@ -103,6 +103,7 @@ def _draw(
         golden.width,
         model.vae_downsample,
         estimates_depth=model.depth_estimation is not None,
+        controls=len(model.controlnets),
     )
     request = Request(
         prompt=golden.prompt,
