@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 import sdrt
 from sdrt.errors import BackendError
+from sdrt.tasks.base import TaskName
 
 Picture = npt.NDArray[np.uint8]
 
@@ -173,10 +174,17 @@ def compiled(
 
 
 def pytorch(
-    model: Path, precision: str, *, threads: int | None, compile_unet: bool = False, cuda: bool = False
+    model: Path,
+    precision: str,
+    *,
+    threads: int | None,
+    task: TaskName = "text-to-image",
+    compile_unet: bool = False,
+    cuda: bool = False,
 ) -> ContestantSpec:
-    """diffusers, eager or with torch.compile, on the CPU or on a GPU."""
-    command = (sys.executable, "-m", "sdrt.benchmarks.baselines.pytorch", str(model), "--precision", precision)
+    """The task's pipeline of diffusers, eager or with torch.compile, on the CPU or on a GPU."""
+    module = ("-m", "sdrt.benchmarks.baselines.pytorch")
+    command = (sys.executable, *module, str(model), "--task", task, "--precision", precision)
     suffix = "compile" if compile_unet else "eager"
     flags = (*(["--compile"] if compile_unet else []), *(["--cuda"] if cuda else []))
     where = " CUDA" if cuda else ""

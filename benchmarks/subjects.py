@@ -13,12 +13,14 @@ from sdrt.benchmarks.suites import sd15, shapes
 from sdrt.bundle import Bundle, JsonValue
 from sdrt.errors import CheckpointError, RequestError
 from sdrt.progress import Progress
+from sdrt.tasks.base import TaskName
 
 CUDA_PEERS = ("pytorch-cuda-fp16", "pytorch-cuda-compile")
 PEERS = ("pytorch-fp32", "pytorch-bf16", "pytorch-compile", "openvino-genai", *CUDA_PEERS)
 DEFAULT_PEERS = ("pytorch-fp32", "pytorch-bf16")
 SD15_PEERS = (*DEFAULT_PEERS, "openvino-genai")
-SUITES = ("plain", "shapes", "sd15")
+TASK_PEERS = ("pytorch-fp32", "pytorch-bf16", "pytorch-compile")
+SUITES = ("plain", "shapes", "sd15", "tasks")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,22 +144,24 @@ def contestants_of(
             ensure_peers(genai_python)
             convert_for_genai(model, converted, genai_python)
             specs.append(contestants.openvino_genai(converted, genai_python, threads=threads))
-        elif name in CUDA_PEERS:
-            compiles = name == "pytorch-cuda-compile"
-            specs.append(contestants.pytorch(model, "fp16", threads=threads, compile_unet=compiles, cuda=True))
         else:
-            precision = "bf16" if name == "pytorch-bf16" else "fp32"
-            compiles = name == "pytorch-compile"
-            specs.append(contestants.pytorch(model, precision, threads=threads, compile_unet=compiles))
+            specs.append(pytorch_peer(name, model, threads=threads))
     return specs
 
 
-def peer_names(text: str | None) -> list[str] | None:
+def pytorch_peer(name: str, model: Path, *, threads: int, task: TaskName = "text-to-image") -> ContestantSpec:
+    """The contestant of one of the peers that are PyTorch."""
+    cuda, compiles = name in CUDA_PEERS, name.endswith("-compile")
+    precision = "fp16" if cuda else "bf16" if name == "pytorch-bf16" else "fp32"
+    return contestants.pytorch(model, precision, threads=threads, task=task, compile_unet=compiles, cuda=cuda)
+
+
+def peer_names(text: str | None, known: Sequence[str] = PEERS) -> list[str] | None:
     """The peers of a comma-separated list, in which "sdrt" may stand too: it always runs. Raises RequestError."""
     if text is None:
         return None
     names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = sorted(set(names) - {"sdrt", *PEERS})
+    unknown = sorted(set(names) - {"sdrt", *known})
     if unknown:
-        raise RequestError(f"unknown contestants {', '.join(unknown)}", hint=f"choose from sdrt, {', '.join(PEERS)}")
+        raise RequestError(f"unknown contestants {', '.join(unknown)}", hint=f"choose from sdrt, {', '.join(known)}")
     return [name for name in dict.fromkeys(names) if name != "sdrt"]

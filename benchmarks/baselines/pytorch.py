@@ -2,12 +2,14 @@
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from sdrt.benchmarks.baselines.protocol import Case, Drawn, serve
+from sdrt.benchmarks.cases import with_pictures
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -18,41 +20,88 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskPipeline:
+    """The pipeline that does a task. without: what it is loaded with in place of components that are left out.
+
+    sized: it takes height and width; the others work in the size of the image that they are given.
+    """
+
+    class_name: str
+    without: Mapping[str, object]
+    sized: bool = False
+
+
+_UNFILTERED = {"safety_checker": None, "requires_safety_checker": False}
+PIPELINES = {
+    "text-to-image": TaskPipeline(class_name="StableDiffusionPipeline", without=_UNFILTERED, sized=True),
+    "image-to-image": TaskPipeline(class_name="StableDiffusionImg2ImgPipeline", without=_UNFILTERED),
+    "inpainting": TaskPipeline(class_name="StableDiffusionInpaintPipeline", without=_UNFILTERED, sized=True),
+    "depth-to-image": TaskPipeline(
+        class_name="StableDiffusionDepth2ImgPipeline", without={"depth_estimator": None, "feature_extractor": None}
+    ),
+    "upscaling": TaskPipeline(class_name="StableDiffusionUpscalePipeline", without={"safety_checker": None}),
+    "editing": TaskPipeline(class_name="StableDiffusionInstructPix2PixPipeline", without=_UNFILTERED),
+}
+
+
 def main() -> None:
     """Load the pipeline and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
+    parser.add_argument("--task", choices=tuple(PIPELINES), default="text-to-image")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
-    serve(_imports, lambda: _load(options), _describe, watch_gpu=options.cuda)
+
+    def load() -> Callable[[Case], Drawn]:
+        return load_pipeline(
+            options.model,
+            PIPELINES[options.task],
+            precision=options.precision,
+            threads=options.threads,
+            compiles=options.compile,
+            cuda=options.cuda,
+        )
+
+    serve(lambda: _imports(PIPELINES[options.task]), load, _describe, watch_gpu=options.cuda)
 
 
-def _imports() -> None:
+def _imports(kind: TaskPipeline) -> None:
+    import diffusers
     import torch  # noqa: F401
-    from diffusers import StableDiffusionPipeline  # noqa: F401
+
+    getattr(diffusers, kind.class_name)
 
 
-def _load(options: argparse.Namespace) -> Callable[[Case], Drawn]:
+def load_pipeline(
+    model: str,
+    kind: TaskPipeline,
+    *,
+    precision: str = "fp32",
+    threads: int | None = None,
+    compiles: bool = False,
+    cuda: bool = False,
+) -> Callable[[Case], Drawn]:
+    """Load the checkpoint into its pipeline; the result draws a case with it."""
+    import diffusers
     import torch
-    from diffusers import StableDiffusionPipeline
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    kind = getattr(torch, PRECISIONS[options.precision])
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        options.model, torch_dtype=kind, safety_checker=None, requires_safety_checker=False, local_files_only=True
+    if threads is not None:
+        torch.set_num_threads(threads)
+    pipeline = getattr(diffusers, kind.class_name).from_pretrained(
+        model, torch_dtype=getattr(torch, PRECISIONS[precision]), local_files_only=True, **kind.without
     )
     pipeline.set_progress_bar_config(disable=True)
-    if options.cuda:
+    if cuda:
         pipeline.to("cuda")
-    if options.compile:
+    if compiles:
         # CUDA graphs, which is what "reduce-overhead" means, are for CUDA.
-        mode = {"mode": "reduce-overhead", "fullgraph": True} if options.cuda else {}
+        mode = {"mode": "reduce-overhead", "fullgraph": True} if cuda else {}
         pipeline.unet = torch.compile(pipeline.unet, **mode)
-    clock = _device_clocked if options.cuda else _clocked
+    clock = _device_clocked if cuda else _clocked
     clocks = {
         "text_encoder": clock(pipeline.text_encoder, "forward"),
         "unet": clock(pipeline.unet, "forward"),
@@ -61,11 +110,9 @@ def _load(options: argparse.Namespace) -> Callable[[Case], Drawn]:
     own = pipeline.scheduler
 
     def draw(case: Case) -> Drawn:
-        import diffusers
-
         for reading in clocks.values():
             reading()
-        arguments = dict(case)
+        arguments = _arguments(case, kind)
         generator = torch.Generator("cpu").manual_seed(arguments.pop("seed"))
         name = arguments.pop("scheduler", None)
         if name is not None:
@@ -79,6 +126,18 @@ def _load(options: argparse.Namespace) -> Callable[[Case], Drawn]:
         }
 
     return draw
+
+
+def _arguments(case: Case, kind: TaskPipeline) -> dict[str, Any]:
+    """The case as this pipeline takes it."""
+    import torch
+
+    arguments = with_pictures(case)
+    if not kind.sized:
+        del arguments["height"], arguments["width"]
+    if "depth_map" in arguments:
+        arguments["depth_map"] = torch.from_numpy(np.asarray(arguments["depth_map"], np.float32))[None]
+    return arguments
 
 
 def _clocked(module: Any, method: str) -> Callable[[], list[float]]:
