@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DIFFERENCE_GAIN = 16
 _CONTESTANTS = ("#3b7ddd", "#9097a3", "#c98a2b", "#a4508b", "#3c9a6c")
-_STAGES: Mapping[str, str] = {
+STAGES: Mapping[str, str] = {
     "text encoder": "#d9a441",
     "steps": "#3b7ddd",
     "VAE decoder": "#3c9a6c",
@@ -32,17 +32,14 @@ _CASES_SHOWN = 4
 
 def page(report: "Report") -> str:
     """The page, as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters.update(duration=seconds_text, ratio=_ratio_text, mib=lambda size: f"{size / 2**20:,.0f}")
     colours = {row.name: _CONTESTANTS[index % len(_CONTESTANTS)] for index, row in enumerate(report.rows)}
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         report=report,
         colours=colours,
-        stages=_STAGES,
+        stages=STAGES,
         starts=_STARTS,
-        stage_figure=stacked_bars([_stage_bar(row) for row in report.rows], label="seconds of an image, by stage"),
+        stage_figure=stacked_bars([stage_bar(row) for row in report.rows], label="seconds of an image, by stage"),
         start_figure=stacked_bars([_start_bar(row) for row in report.rows], label="seconds from start to first image"),
         step_figure=line_plot(
             [_step_line(record, colours[record.name]) for record in report.records], label="seconds of each step"
@@ -52,7 +49,16 @@ def page(report: "Report") -> str:
     )
 
 
-def _stage_bar(row: Row) -> BarLine:
+def render(template: str, **values: object) -> str:
+    """A page of this folder's templates."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(duration=seconds_text, ratio=_ratio_text, mib=lambda size: f"{size / 2**20:,.0f}")
+    return environment.get_template(template).render(**values)
+
+
+def stage_bar(row: Row) -> BarLine:
     """Where the seconds of a median image go; `rest` is what no stage accounts for."""
     parts = [row.text_encoder.median, row.denoising.median, row.vae_decoder.median]
     parts.append(max(row.total.median - sum(parts), 0.0))
@@ -60,7 +66,7 @@ def _stage_bar(row: Row) -> BarLine:
         name=row.name,
         parts=[
             Part(name=name, colour=colour, seconds=seconds)
-            for (name, colour), seconds in zip(_STAGES.items(), parts, strict=True)
+            for (name, colour), seconds in zip(STAGES.items(), parts, strict=True)
         ],
         seconds=row.total.median,
         low=row.total.low,
@@ -108,15 +114,30 @@ def _picture(record: Record, picture: Picture, truth: Record | None, index: int)
     shown = {"name": record.name, "image": _data_uri(picture), "difference": None, "largest": None}
     if truth is None or record is truth:
         return shown
-    gaps = np.abs(picture.astype(int) - truth.rounds[index].picture.astype(int))
-    strong = np.clip(gaps * DIFFERENCE_GAIN, 0, 255).astype(np.uint8)
-    return shown | {"difference": _data_uri(strong), "largest": int(gaps.max())}
+    strong, largest = difference(picture, truth.rounds[index].picture)
+    return shown | {"difference": _data_uri(strong), "largest": largest}
+
+
+def difference(picture: Picture, reference: Picture) -> tuple[Picture, int]:
+    """Where two pictures differ, DIFFERENCE_GAIN times as strong, and by how many levels of 255 at most."""
+    gaps = np.abs(picture.astype(int) - reference.astype(int))
+    return np.clip(gaps * DIFFERENCE_GAIN, 0, 255).astype(np.uint8), int(gaps.max())
+
+
+def png_bytes(pixels: Picture) -> bytes:
+    """A picture as the content of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def png_uri(png: bytes) -> str:
+    """A PNG file's content in the place of its address."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _data_uri(pixels: Picture) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return png_uri(png_bytes(pixels))
 
 
 def _ratio_text(value: float) -> str:

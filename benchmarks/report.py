@@ -26,7 +26,10 @@ ParityVerdict = Literal["held", "missed", "not checked"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """Something the comparison had to reach. `measured` is None where the peer it names did not run."""
+    """Something the comparison had to reach. `measured` is None where the peer it names did not run.
+
+    low, high: the interval of what was measured, where it has one.
+    """
 
     name: str
     measured: float | None
@@ -74,39 +77,49 @@ def parity_verdict(rows: Sequence[Row], precision: str) -> ParityVerdict:
 
 
 def bars_of(bars: Mapping[str, tuple[str, str, float]], rows: Sequence[Row]) -> list[Bar]:
-    """The bars with what was measured. A bar's kind is "step", "total" or "start"."""
+    """The bars with what was measured, each the peer's over ours. A kind is "step", "total", "start" or "memory".
+
+    Memory is that of the process at its peak; one run has one, so it has no interval.
+    """
     by_name = {row.name: row for row in rows}
+    (ours,) = (row for row in rows if row.ours)
     made = []
     for name, (kind, peer, bound) in bars.items():
         row = by_name.get(peer)
-        ratios = {} if row is None else {"step": row.step_ratio, "total": row.total_ratio, "start": row.start_ratio}
-        ratio = ratios.get(kind)
-        made.append(
-            Bar(
-                name=name,
-                measured=None if ratio is None else ratio.value,
-                low=None if ratio is None else ratio.low,
-                high=None if ratio is None else ratio.high,
-                bound=bound,
-            )
-        )
+        ratio, measured = None, None
+        if row is not None and kind == "memory":
+            measured = row.peak_bytes / ours.peak_bytes
+        elif row is not None:
+            ratio = {"step": row.step_ratio, "total": row.total_ratio, "start": row.start_ratio}[kind]
+            measured = None if ratio is None else ratio.value
+        low, high = (None, None) if ratio is None else (ratio.low, ratio.high)
+        made.append(Bar(name=name, measured=measured, low=low, high=high, bound=bound))
     return made
 
 
 def bars_text(bars: Sequence[Bar]) -> list[str]:
     """A line for each bar."""
     return [
-        f"{'met   ' if bar.met else 'MISSED'} {bar.name}: "
-        + ("not measured" if bar.measured is None else f"{bar.measured:.2f} [{bar.low:.2f}, {bar.high:.2f}]")
-        + f", at least {bar.bound:.2f}"
+        f"{'met   ' if bar.met else 'MISSED'} {bar.name}: {_measured_text(bar)}, at least {bar.bound:.2f}"
         for bar in bars
     ]
+
+
+def _measured_text(bar: Bar) -> str:
+    if bar.measured is None:
+        return "not measured"
+    interval = "" if bar.low is None else f" [{bar.low:.2f}, {bar.high:.2f}]"
+    return f"{bar.measured:.2f}{interval}"
 
 
 def table_text(rows: Sequence[Row]) -> str:
     """The table as plain text."""
     head = ("", "load s", "1st image s", "step ms", "p90", "p99", "VAE ms", "image s", "p90", "p99")
-    lines = [(*head, "x step", "x image", "x start", "peak MiB", "parity"), *(_cells(row) for row in rows)]
+    return aligned([(*head, "x step", "x image", "x start", "peak MiB", "parity"), *(_cells(row) for row in rows)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as plain text: the first column to the left, the others to the right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = []
     for first, *rest in lines:
@@ -128,8 +141,8 @@ def report_json(report: Report) -> dict[str, Any]:
         "bundle": dict(report.bundle),
         "settings": dict(report.settings),
         "cases": [case.arguments() for case in report.cases],
-        "rows": [_finite(msgspec.to_builtins(asdict(row))) for row in report.rows],
-        "raw": {record.name: _raw(record) for record in report.records},
+        "rows": [row_json(row) for row in report.rows],
+        "raw": {record.name: raw_timings(record) for record in report.records},
         "bars": [asdict(bar) | {"met": bar.met} for bar in report.bars],
         "extra": dict(report.extra),
     }
@@ -150,7 +163,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     ratios = [
         "1" if ratio is None else f"{ratio.value:.2f}" for ratio in (row.step_ratio, row.total_ratio, row.start_ratio)
     ]
-    match = "-" if row.parity is None else _parity_text(row.parity)
+    match = "-" if row.parity is None else parity_text(row.parity)
     return (
         row.name,
         f"{row.load.median:.2f}",
@@ -168,13 +181,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _parity_text(parity: Parity) -> str:
+def parity_text(parity: Parity) -> str:
+    """The worst of the pictures in few words."""
     if parity.largest_difference == 0:
         return "equal"
     return f"{parity.largest_difference}/255 {parity.psnr_db:.1f} dB"
 
 
-def _raw(record: Record) -> dict[str, JsonValue]:
+def raw_timings(record: Record) -> dict[str, JsonValue]:
+    """Every timing of a contestant as it was taken."""
     return {
         "starts": [_start(start) for start in record.starts],
         "rounds": [_timings(drawing) for drawing in record.rounds],
@@ -200,6 +215,11 @@ def _timings(drawing: Drawing) -> dict[str, JsonValue]:
         "gpu_bytes": drawing.gpu_bytes,
         "gap_seconds": drawing.gap_seconds,
     }
+
+
+def row_json(row: Row) -> JsonValue:
+    """A row as strict JSON."""
+    return _finite(msgspec.to_builtins(asdict(row)))
 
 
 def _finite(value: JsonValue) -> JsonValue:

@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,6 +118,14 @@ def test_a_bar_whose_peer_did_not_run_is_not_met():
     assert step.met
     assert (nobody.measured, nobody.met) == (None, False)
     assert "MISSED image, times nobody: not measured" in bars_text([nobody])[0]
+
+
+def test_memory_is_a_bar_of_the_peaks_without_an_interval():
+    made = report()
+    (bar,) = bars_of({"memory": ("memory", PYTORCH_FP32, 1.0)}, made.rows)
+    assert (bar.measured, bar.low, bar.met) == (1.0, None, True)
+    assert bars_text([bar]) == ["met    memory: 1.00, at least 1.00"]
+    assert "memory" in page(replace(made, bars=[bar]))
 
 
 def test_a_bar_below_its_bound_is_missed():
