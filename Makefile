@@ -10,7 +10,7 @@ GPU_OUT ?= build/gpu-check
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format oracle kernels train-shapes train-variants score-shapes score-variants bench-host bench-sd15 bench-sd15-aot gpu-check gpu-kit clean
+.PHONY: help setup demo test check format oracle kernels train-shapes train-variants score-shapes score-variants bench-host bench-sd15 bench-sd15-aot bench-tasks gpu-check gpu-kit clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -77,6 +77,10 @@ score-shapes: $(STAMP)  ## does the embedded model draw what its captions say? 5
 bench-sd15: $(STAMP)  ## SD1.5 architecture, random weights, 512x512, against PyTorch and OpenVINO GenAI
 	mkdir -p benchmarks/results
 	$(BIN)/sdrt bench --suite sd15 --out benchmarks/results/sd15 --threads $(THREADS) --force
+
+bench-tasks: $(STAMP)  ## each task at SD1.5's size against its diffusers pipeline; goes on where it was stopped
+	mkdir -p benchmarks/results
+	$(BIN)/sdrt bench --suite tasks --work build/tasks --out benchmarks/results/tasks --threads $(THREADS) $(ARGS)
 
 bench-sd15-aot: $(STAMP)  ## TensorRT engines at SD1.5's size, built without a GPU: time, memory, parity
 	mkdir -p benchmarks/results build

@@ -17,22 +17,53 @@ def bench(
     bundle: Annotated[
         Path | None,
         typer.Argument(
-            metavar="BUNDLE", help="Not needed with --suite sd15, which builds its own.", show_default=False
+            metavar="BUNDLE", help="Not with --suite sd15 or tasks, which build their own.", show_default=False
         ),
     ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="The checkpoint, for the PyTorch contestants.", show_default=False),
     ] = None,
-    suite: Annotated[Literal["plain", "shapes", "sd15"], typer.Option(help="What is drawn.")] = "plain",
+    suite: Annotated[
+        Literal["plain", "shapes", "sd15", "tasks"],
+        typer.Option(help="What is drawn: tasks is each task against its diffusers pipeline, at SD1.5's size."),
+    ] = "plain",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Of --suite tasks: text-to-image, image-to-image, inpainting, inpainting-9-channels, depth-to-image, "
+            "upscaling, editing. Default: each.",
+            show_default=False,
+        ),
+    ] = None,
+    scale: Annotated[
+        Literal["full", "small"] | None,
+        typer.Option(help="Of --suite tasks: small is a trial of seconds. Default: full.", show_default=False),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the suites that build their own keep checkpoints, bundles and finished tasks. "
+            "Default: build/sd15, build/tasks.",
+            show_default=False,
+        ),
+    ] = None,
     rounds: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Measured images of each. Default: the suite's.", show_default=False),
     ] = None,
     warmup: Annotated[int, typer.Option(min=0, help="Images before those, not measured.")] = 1,
     cold_starts: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Fresh processes of each, timed to the first image.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Fresh processes of each, timed to the first image. Default: 3; tasks: 1.",
+            show_default=False,
+        ),
+    ] = None,
     resident: Annotated[
         Literal["all", "1"], typer.Option(help="Contestants in memory at a time: 1 where all of them do not fit.")
     ] = "all",
@@ -50,7 +81,7 @@ def bench(
         typer.Option(
             metavar="A,B",
             help="Of pytorch-fp32, pytorch-bf16, pytorch-compile, openvino-genai. "
-            "Default: the first two; sd15 adds openvino-genai.",
+            "Default: the first two; sd15 adds openvino-genai, tasks has the first alone.",
             show_default=False,
         ),
     ] = None,
@@ -66,22 +97,27 @@ def bench(
 
     if size is not None:
         parse_size(size)
-    if bundle is None and suite != "sd15":
+    builds_its_own = suite in ("sd15", "tasks")
+    if bundle is None and not builds_its_own:
         raise RequestError("no BUNDLE was named", hint="sdrt bench BUNDLE --baseline MODEL --out DIR")
-    check_replaceable(out, mark="report.json", overwrite=force)
-    check_writable(out)
-    if suite == "sd15" and provider is not None:
+    if builds_its_own and provider is not None:
         raise RequestError(
-            "--suite sd15 builds an openvino bundle, which has no --provider", hint="name an onnxruntime BUNDLE"
+            f"--suite {suite} builds an openvino bundle, which has no --provider", hint="name an onnxruntime BUNDLE"
         )
+    if suite != "tasks":  # whose earlier report is replaced: the stage looks at what is there
+        check_replaceable(out, mark="report.json", overwrite=force)
+    check_writable(out)
     if bundle is not None:
         choose_provider(provider, Bundle.open(bundle).manifest.backend)
     model = None if baseline is None else model_folder(baseline)
-    if model is not None or suite == "sd15":
+    if model is not None or builds_its_own:
         check_installed(EXPORT)
     options = {
         "--baseline": model,
         "--suite": suite,
+        "--tasks": tasks,
+        "--scale": scale,
+        "--work": work,
         "--out": out,
         "--rounds": rounds,
         "--warmup": warmup,
