@@ -146,10 +146,10 @@ def test_verify_draws_the_golden_image_of_its_own_picture_and_depth(bundle):
 
 
 def test_run_needs_no_depth(bundle, tmp_path):
-    picture().save(tmp_path / "x.png")
+    picture(96, 80).save(tmp_path / "x.png")
     options = ["--image", str(tmp_path / "x.png"), "--steps", "2", "--out", str(tmp_path / "out.png")]
     assert run_command(["run", str(bundle), "a red circle", *options]) == 0
-    assert Image.open(tmp_path / "out.png").size == (88, 72)
+    assert Image.open(tmp_path / "out.png").size == (96, 80)
 
 
 def test_a_foreign_folder_without_it_takes_maps_as_before(onnx_folder, tmp_path):
