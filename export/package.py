@@ -22,7 +22,7 @@ from sdrt.files import staged_directory, unshare
 from sdrt.progress import Progress, silent
 from sdrt.runners.cpu import available_cores
 
-EXPORTER_VERSION = 3  # raise it when the same checkpoint would give other ONNX files
+EXPORTER_VERSION = 4  # raise it when the same checkpoint would give other ONNX files
 SOURCES = {
     "text_encoder": "text_encoder",
     "unet": "unet",

@@ -29,7 +29,7 @@ def trace_to_onnx(
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
-                module,
+                _capture(module, inputs, dynamic),
                 kwargs=inputs,
                 dynamo=True,
                 dynamic_shapes=dynamic,
@@ -55,6 +55,19 @@ def trace_to_onnx(
     program.save(path, include_initializers=True, external_data=True)
     # By path: a model over 2 GiB cannot be checked in memory (onnx issues 4394 and 6556).
     onnx.checker.check_model(path)
+
+
+def _capture(
+    module: nn.Module, inputs: dict[str, torch.Tensor], dynamic: dict[str, Any]
+) -> torch.export.ExportedProgram | nn.Module:
+    """The module as a program of tensor operations; itself where only the exporter's slower ways might succeed.
+
+    Left to itself, the exporter captures UNets twice: with options of its own first, which fail, then through dynamo.
+    """
+    try:
+        return torch.export.export(module, (), kwargs=inputs, dynamic_shapes=dynamic, strict=False)
+    except (RuntimeError, ValueError, TypeError, torch.fx.proxy.TraceError):
+        return module
 
 
 def simplify(model: onnx_ir.Model, *, weights: set[str]) -> None:

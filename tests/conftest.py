@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -155,6 +155,18 @@ def pytest_configure(config: pytest.Config) -> None:
         cores = sorted(os.sched_getaffinity(0))
         number = int(name.removeprefix("gw"))
         os.sched_setaffinity(0, cores[number % len(cores) :: count])
+
+
+@pytest.fixture
+def all_cores() -> Iterator[set[int]]:
+    """Every core of the machine for one test; the cores are the value."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield set(range(os.cpu_count() or 1))
+        return
+    share = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    yield os.sched_getaffinity(0)
+    os.sched_setaffinity(0, share)
 
 
 @pytest.fixture(scope="session")
