@@ -106,17 +106,27 @@ class _Active:
         return self.prepared.trajectories[0].size
 
     @property
+    def places(self) -> int:
+        """How many plain images' room it takes in a batch."""
+        return places_of(self.ticket.request)
+
+    @property
     def finished(self) -> bool:
         """Whether it takes part in no further step. Between two passes it keeps its places: it will step again."""
         return self.prepared.finished and self.prepared.following is None
 
 
+def places_of(request: ResolvedRequest) -> int:
+    """How many plain images' room a request takes in a batch."""
+    return request.num_images_per_prompt * request.places_per_image
+
+
 def admit(waiting: Sequence[int], running: int, max_batch: int, *, undecoded: int = 0) -> int:
     """How many of the waiting requests may join now, first come, first served.
 
-    waiting: how many trajectories each waiting request needs; running: how many are being denoised already;
-    undecoded: how many are denoised and wait for the VAE. These leave their place to others, until a whole batch of
-    them waits: so no more than twice `max_batch` trajectories are ever held.
+    waiting: how many places each waiting request needs, one for an image with a plain image's lanes; running: how many
+    are being denoised in already; undecoded: how many are denoised and wait for the VAE. These leave their place to
+    others, until a whole batch of them waits: so no more than twice `max_batch` trajectories are ever held.
     """
     if undecoded >= max_batch:
         return 0
@@ -168,9 +178,10 @@ class Batcher:
     def submit(self, request: Request) -> Ticket:
         """Queue a request. Raises RequestError for a bad one and BusyError when the queue is full, at once."""
         resolved = self._pipeline.resolve(request)
-        if resolved.num_images_per_prompt > self.max_batch:
+        if places_of(resolved) > self.max_batch:
+            composed = f" with {len(resolved.composed_prompts)} composed prompts" if resolved.composed_prompts else ""
             raise RequestError(
-                f"{resolved.num_images_per_prompt} images do not fit a batch of {self.max_batch}",
+                f"{resolved.num_images_per_prompt} images{composed} do not fit a batch of {self.max_batch}",
                 hint="send several requests with seed, seed + 1, …",
             )
         with self._changed:
@@ -262,11 +273,10 @@ class Batcher:
 
     def _join_waiting(self) -> None:
         undecoded, running = (
-            sum(len(item.prepared.trajectories) for item in self._active if item.finished is finished)
-            for finished in (True, False)
+            sum(item.places for item in self._active if item.finished is finished) for finished in (True, False)
         )
         with self._changed:
-            needs = [ticket.request.num_images_per_prompt for ticket in self._waiting]
+            needs = [places_of(ticket.request) for ticket in self._waiting]
         for _ in range(admit(needs, running, self.max_batch, undecoded=undecoded)):
             with self._changed:
                 self._joining = self._waiting.popleft()

@@ -1,5 +1,6 @@
 """Lanes: which network evaluations a request needs in each row, and with which weights they are combined."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdrt.resolution import ResolvedRequest
@@ -46,24 +47,35 @@ class Guidance:
         return min(ends, default=rows)
 
 
-def guidance_of(request: ResolvedRequest, prompt_embeds: FloatArray, negative_embeds: FloatArray | None) -> Guidance:
+def guidance_of(
+    request: ResolvedRequest,
+    prompt_embeds: FloatArray,
+    negative_embeds: FloatArray | None,
+    composed_embeds: Sequence[FloatArray] = (),
+) -> Guidance:
     """Classifier-free guidance is uncond + s · (cond - uncond), that is weights 1 - s and s (Ho and Salimans 2022).
 
     Outside the request's interval, and without guidance anywhere, a row owns one lane (Kynkäänniemi et al. 2024);
     `negative_embeds` is not used by a request without guidance. Editing has a third lane, which does not see the image
-    (Brooks et al. 2023, eq. 3).
+    (Brooks et al. 2023, eq. 3). Composed prompts have one each: uncond + s · Σ wᵢ · (condᵢ - uncond) (Liu et al. 2022,
+    eq. 11), and where nothing is guided the prompts' own mean by their weights.
     """
-    plain = (Lane(prompt_embeds=prompt_embeds, weight=1.0),)
+    weights = [1.0, *(weight for _, weight in request.composed_prompts)]
+    embeds, total = [prompt_embeds, *composed_embeds], sum(weights)
+    plain = tuple(Lane(prompt_embeds=each, weight=weight / total) for each, weight in zip(embeds, weights, strict=True))
     if not request.guided:
         return Guidance(inside=plain, outside=plain, interval=range(0))
     if negative_embeds is None:
         raise ValueError("a guided request needs the embedding of its negative prompt")
     scale, image_scale = request.guidance_scale, request.image_guidance_scale
-    positive = Lane(prompt_embeds=prompt_embeds, weight=scale, rescale_weight=1.0)
-    guided: tuple[Lane, ...] = (Lane(prompt_embeds=negative_embeds, weight=1.0 - scale), positive)
+    positives = tuple(
+        Lane(prompt_embeds=each, weight=scale * weight, rescale_weight=weight / total)
+        for each, weight in zip(embeds, weights, strict=True)
+    )
+    guided: tuple[Lane, ...] = (Lane(prompt_embeds=negative_embeds, weight=1.0 - scale * total), *positives)
     if image_scale is not None:
         guided = (
-            positive,
+            *positives,
             Lane(prompt_embeds=negative_embeds, weight=image_scale - scale),
             Lane(prompt_embeds=negative_embeds, weight=1.0 - image_scale, conditioning=0.0),
         )

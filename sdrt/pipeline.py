@@ -100,6 +100,9 @@ class Result:
             "width": request.width,
             "num_inference_steps": request.num_inference_steps,
             "guidance_scale": request.guidance_scale,
+            **(
+                {"composed_prompts": [[*pair] for pair in request.composed_prompts]} if request.composed_prompts else {}
+            ),
             "scheduler": request.scheduler,
             "seed": request.seeds[index],
             **_varied(request.variations[index]),
@@ -468,7 +471,8 @@ class Pipeline:
 
     def _batches(self, prepared: Prepared) -> Sequence[StepBatch]:
         """The trajectories, as many together as the engines take."""
-        size, paths = self.bundle.manifest.profile.max_batch, prepared.trajectories
+        paths = prepared.trajectories
+        size = self.bundle.manifest.profile.max_batch // prepared.request.places_per_image
         return [open_batch(self.runner, paths[first : first + size]) for first in range(0, len(paths), size)]
 
     def _windows(self, request: ResolvedRequest) -> Windows | None:
@@ -478,7 +482,7 @@ class Pipeline:
         profile, side = self.bundle.manifest.profile, self.bundle.manifest.model.vae_downsample
         height, width = window_size(profile, request.height, request.width)
         size, window = (request.height // side, request.width // side), (height // side, width // side)
-        return windows_over(size, window, profile.max_batch)
+        return windows_over(size, window, profile.max_batch // request.places_per_image)
 
     def _steering(self, request: ResolvedRequest) -> Steering | None:
         model, rows = self.bundle.manifest.model, len(request.plan)
@@ -486,10 +490,12 @@ class Pipeline:
 
     def _guidance(self, request: ResolvedRequest) -> Guidance:
         negative = self._prompts.encode(request.negative_prompt) if request.guided else None
-        return guidance_of(request, self._prompts.encode(request.prompt), negative)
+        composed = [self._prompts.encode(text) for text, _ in request.composed_prompts]
+        return guidance_of(request, self._prompts.encode(request.prompt), negative, composed)
 
     def _warnings(self, request: ResolvedRequest) -> tuple[str, ...]:
         texts = {"prompt": request.prompt}
+        texts |= {f"composed prompt {text!r}": text for text, _ in request.composed_prompts}
         if request.guided:
             texts["negative_prompt"] = request.negative_prompt
         unused = [*request.task.warnings(), *([] if request.guided else _unused_without_guidance(request))]

@@ -20,6 +20,9 @@ class Request:
     seed: with `num_images_per_prompt` > 1, image i is made with seed + i, so each can be made again alone; or one seed
     for each image, as a list of generators.
     timesteps, sigmas: a grid of one's own, descending, as the reference's `set_timesteps` takes it.
+    composed_prompts: more prompts with their weights, drawn together with `prompt`, whose weight is 1: each shows as if
+    guided on its own (Liu et al. 2022, arXiv:2206.01714); a negative weight leads away. Each is a network evaluation
+    more in every step, and takes room in a batch.
     image: what to begin with, instead of noise (image-to-image); it is resized where height or width say so. strength:
     the share of the steps that then run, 0.8 unless given: the more, the freer.
     mask_image: with `image`, what of it is drawn anew (inpainting): white; what is black stays. Greys count as the
@@ -68,6 +71,7 @@ class Request:
     guidance_rescale: float = 0.0
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None
+    composed_prompts: Sequence[tuple[str, float]] | None = None
     image: Image.Image | None = None
     strength: float | None = None
     mask_image: Image.Image | None = None

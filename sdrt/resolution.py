@@ -37,6 +37,7 @@ class ResolvedRequest:
     seeds, variations: those of each image. image_guidance_scale: of editing.
     windowed: larger than the engines take at once. hires: the second pass, a request of its own that begins with what
     this one draws. controls: one for each ControlNet of the bundle, or none.
+    places_per_image: how many plain images' lanes each of its images takes in a batch.
     """
 
     prompt: str
@@ -60,6 +61,8 @@ class ResolvedRequest:
     windowed: bool
     variations: tuple[Variation | None, ...]
     controls: tuple[Control, ...] = ()
+    composed_prompts: tuple[tuple[str, float], ...] = ()
+    places_per_image: int = 1
     hires: "ResolvedRequest | None" = None
 
     @property
@@ -126,6 +129,7 @@ def _resolve(request: Request, manifest: Manifest, task: Task) -> ResolvedReques
     height, width, windowed = _resolve_size(request, manifest, task, controls)
     task = task.resized(height, width)
     guidance_scale = check_finite("guidance_scale", request.guidance_scale)
+    composed = _resolve_composed(request, guidance_scale, task)
     eta = check_share("eta", request.eta, hint="give a number from 0 (no noise) to 1")
     guidance_start, guidance_end = (
         check_finite(name, getattr(request, name)) for name in ("guidance_start", "guidance_end")
@@ -164,6 +168,8 @@ def _resolve(request: Request, manifest: Manifest, task: Task) -> ResolvedReques
         image_guidance_scale=task.image_guidance_scale if isinstance(task, Editing) else None,
         windowed=windowed,
         controls=controls,
+        composed_prompts=composed,
+        places_per_image=_resolve_places(composed, manifest),
     )
     if resolved.guided and not resolved.guided_rows:
         raise RequestError(
@@ -171,6 +177,49 @@ def _resolve(request: Request, manifest: Manifest, task: Task) -> ResolvedReques
             hint="widen the interval, or ask for more steps; for no guidance at all, guidance_scale 1",
         )
     return resolved
+
+
+def _resolve_composed(request: Request, guidance_scale: float, task: Task) -> tuple[tuple[str, float], ...]:
+    """More prompts with their weights."""
+    if request.composed_prompts is None:
+        return ()
+    hint = 'give pairs of a prompt and its weight: [("a small blue star", 0.8)]'
+    listed = _listed(request.composed_prompts) or [None]
+    pairs = [pair for pair in listed if isinstance(pair, list | tuple) and len(pair) == 2]
+    if len(pairs) < len(listed):
+        raise RequestError(f"composed_prompts is {shown(request.composed_prompts)}", hint=hint)
+    if isinstance(task, Editing):
+        raise RequestError("composed_prompts means nothing in editing", hint="leave composed_prompts out")
+    if not guidance_scale > 1:
+        raise RequestError(
+            f"composed_prompts are given, but guidance_scale {guidance_scale:g} guides nothing",
+            hint="give a guidance_scale above 1",
+        )
+    composed = []
+    for text, weight in pairs:
+        _check_text("a composed prompt", text)
+        composed.append((str(text), check_finite("the weight of a composed prompt", weight)))
+    total = 1 + sum(weight for _, weight in composed)
+    if total <= 0:
+        raise RequestError(
+            f"the weights of the prompts, 1 and those of composed_prompts, add up to {total:g}",
+            hint="give weights whose sum with 1 is above 0",
+        )
+    return tuple(composed)
+
+
+def _resolve_places(composed: tuple[tuple[str, float], ...], manifest: Manifest) -> int:
+    """How many plain images' lanes an image takes. RequestError where that is more than the engines have."""
+    per_image, most = manifest.model.lanes_per_image, manifest.profile.max_batch
+    lanes = per_image + len(composed)
+    places = -(-lanes // per_image)
+    if places > most:
+        raise RequestError(
+            f"{len(composed)} composed prompts need {lanes} network evaluations a step; this bundle has room for"
+            f" {most * per_image}",
+            hint=f"give fewer, or build the bundle with --batch 1..{places}",
+        )
+    return places
 
 
 def _resolve_variations(

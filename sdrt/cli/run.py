@@ -1,6 +1,7 @@
 """`sdrt run`: draw images and write them as PNG, each with everything that makes it again."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 
 from sdrt.cli.options import AsJson, BundleFolder, Force, OnProvider, Threads, check_outputs, chosen_size, numbered
 from sdrt.cli.task_options import (
+    Composed,
     DepthFile,
     Fill,
     FromPicture,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 REQUEST_FIELDS = (
     "prompt",
     "negative_prompt",
+    "composed_prompts",
     "height",
     "width",
     "num_inference_steps",
@@ -84,6 +87,8 @@ _STEPS = ("num_inference_steps", "timesteps", "sigmas")
 _INSTEAD = {name: tuple(other for other in _STEPS if other != name) for name in _STEPS} | {
     "scheduler": ("eta", "timesteps", "sigmas")
 }
+
+_WEIGHTED = re.compile(r"(.*):([+-]?(?:\d+\.?\d*|\.\d+))", re.DOTALL)
 
 Number = TypeVar("Number", int, float)
 
@@ -128,6 +133,7 @@ def run(
         float | None,
         typer.Option(metavar="SHARE", help="And up to this one: 0.6 saves time. Default: 1.", show_default=False),
     ] = None,
+    composed: Composed = None,
     image: FromPicture = None,
     strength: Strength = None,
     mask: MaskFile = None,
@@ -248,6 +254,7 @@ def run(
         "guidance_rescale": guidance_rescale,
         "scheduler": scheduler,
         "eta": eta,
+        "composed_prompts": None if composed is None else [_weighted(each) for each in composed],
         "timesteps": _numbers("--timesteps", timesteps, float),
         "sigmas": _numbers("--sigmas", sigmas, float),
         "seed": _seed(seed),
@@ -323,6 +330,12 @@ def _margins(text: str) -> dict[str, int]:
     from sdrt.tasks.outpainting import parse_margins
 
     return parse_margins(text)
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """ "a star:0.5" as a prompt and its weight."""
+    match = _WEIGHTED.fullmatch(text)
+    return (text, 1.0) if match is None else (match[1], float(match[2]))
 
 
 def _seed(text: str | None) -> int | list[int] | None:

@@ -19,6 +19,15 @@ Strength = Annotated[
         show_default=False,
     ),
 ]
+Composed = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--and",
+        metavar="PROMPT[:WEIGHT]",
+        help="Draw this too, guided on its own; again for more. A weight below 0 leads away. Default: 1.",
+        show_default=False,
+    ),
+]
 MaskFile = Annotated[
     Path | None,
     typer.Option(

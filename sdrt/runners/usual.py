@@ -25,7 +25,7 @@ def usual_shapes(bundle: Bundle, component: ComponentRecord) -> Shapes | None:
     known = {
         "batch": 1,
         "requests": 1,
-        "lanes": 2,
+        "lanes": model.lanes_per_image,
         "height": height // model.vae_downsample,
         "width": width // model.vae_downsample,
         "length": profile.text_length,
