@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from sdrt.bundle import ShapeProfile, TensorSpec
+from sdrt.controls import LARGEST_FACTOR
 from sdrt.depth import input_bounds, input_size
 from sdrt.engines.base import ComponentSource
 from sdrt.errors import BuildError
@@ -58,7 +59,7 @@ def optimization_profiles(source: ComponentSource, inputs: Sequence[TensorSpec])
     - step: a bundle for a list of sizes has a profile for each of the first `HOT_SIZES`; one for a range has one for
       the model's own size; the last profile covers everything;
     - VAE: one image, or one tile of it, at a time;
-    - control embedding: the pictures of one image;
+    - control embedding: the pictures of one image, up to the largest that is drawn in windows;
     - depth estimator: one image, of all the sizes that the bundle's images are brought to before it.
 
     A bundle for one size and one image at a time has static profiles alone: with and without guidance.
@@ -75,7 +76,8 @@ def _ranges(source: ComponentSource) -> list[dict[str, Range]]:
     if source.name in (VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER):
         return [_vae_ranges(source)]
     if source.name == CONTROL_EMBEDDING:
-        return [{"batch": _fixed(1)} | _sides(source, profile.minimum, profile.maximum, pixels=True)]
+        height, width = (LARGEST_FACTOR * side for side in profile.maximum)  # the whole of an image in windows
+        return [{"batch": _fixed(1)} | _sides(source, profile.minimum, (height, width), pixels=True)]
     if source.name == DEPTH_ESTIMATOR:
         return [_depth_ranges(source)]
     if source.name != STEP:

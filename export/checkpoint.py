@@ -289,8 +289,9 @@ def _check_controlnets(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} is made for {checkpoint.task}, which no ControlNet steers",
             hint=f"ControlNets go with checkpoints for {' and '.join(STEERED)}",
         )
+    unet, vae = checkpoint.configs["unet"], checkpoint.configs["vae"]
     for control in checkpoint.controlnets:
-        check_controlnet(control, checkpoint.configs["unet"], int(checkpoint.configs["vae"]["latent_channels"]))
+        check_controlnet(control, unet, int(vae["latent_channels"]), checkpoint.vae_downsample)
 
 
 def check_safetensors(path: Path) -> None:

@@ -15,7 +15,9 @@ _DEFAULTS = {
     "encoder_hid_dim": None,
     "num_class_embeds": None,
     "conditioning_channels": 3,
+    "global_pool_conditions": False,
 }
+_EMBEDDING_WIDTHS = (16, 32, 96, 256)
 _SHARED = ("block_out_channels", "cross_attention_dim", "layers_per_block")
 _HINT = "take a ControlNet that was trained for this kind of checkpoint (its config.json shows it)"
 
@@ -36,8 +38,8 @@ class ControlNet:
         return int(self.config["block_out_channels"][0])
 
 
-def check_controlnet(control: ControlNet, unet: Mapping[str, Any], latent_channels: int) -> None:
-    """Raises CheckpointError where it does not fit the checkpoint's UNet."""
+def check_controlnet(control: ControlNet, unet: Mapping[str, Any], latent_channels: int, vae_downsample: int) -> None:
+    """Raises CheckpointError where it does not fit the checkpoint's UNet and VAE."""
     kind = control.config.get("_class_name")
     if kind != CONTROLNET_CLASS:
         raise CheckpointError(f"{control.path} is a {kind}, not a {CONTROLNET_CLASS}", hint=_HINT)
@@ -59,3 +61,10 @@ def check_controlnet(control: ControlNet, unet: Mapping[str, Any], latent_channe
             raise CheckpointError(
                 f"{control.path} has {option} = {control.config.get(option)}, the UNet {unet.get(option)}", hint=_HINT
             )
+    widths = control.config.get("conditioning_embedding_out_channels", _EMBEDDING_WIDTHS)
+    if (factor := 2 ** (len(widths) - 1)) != vae_downsample:
+        raise CheckpointError(
+            f"{control.path} brings its picture down by {factor} (conditioning_embedding_out_channels = {widths}), "
+            f"the VAE by {vae_downsample}",
+            hint=_HINT,
+        )

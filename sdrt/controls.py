@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from sdrt.bundle import JsonValue, ModelRecord, ShapeProfile
-from sdrt.checks import check_finite, shown
+from sdrt.checks import check_finite
 from sdrt.conditions import Steering
 from sdrt.errors import RequestError
 from sdrt.request import Request
@@ -145,7 +145,7 @@ def _listed(name: str, value: object, model: ModelRecord, *, default: object) ->
         return [value] * count
     if len(value) != count:
         raise RequestError(
-            f"{name} is {shown(value)}, but this bundle has {count}: {', '.join(model.controlnets)}",
-            hint="give a list with one for each ControlNet, in this order",
+            f"{name} lists {len(value)}, but this bundle has {count}: {', '.join(model.controlnets)}",
+            hint="give one for each ControlNet, in this order",
         )
     return list(value)

@@ -47,7 +47,8 @@ class Timings:
     """Where the time of one request went, in seconds. One entry of `step_seconds` is one network evaluation.
 
     A second pass counts where the first does: its steps after the first one's, what enlarges pixels as the VAE's.
-    vae_encoder_seconds: of all that an image begins with: the VAE encoder's, and the depth estimator's.
+    vae_encoder_seconds: of all that an image begins with: the VAE encoder's, the depth estimator's, and that of what
+    ControlNets make of their pictures.
     gap_seconds: how long in all a GPU waited for the host between steps; None where nothing measures that.
     """
 

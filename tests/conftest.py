@@ -141,6 +141,30 @@ def make_tiny_depth_estimator(kind: str):  # type: ignore[no-untyped-def]
     return model, DPTImageProcessorPil(**processor)
 
 
+def make_tiny_controlnet(folder: Path, checkpoint: Path, *, seed: int, order: str = "rgb") -> Path:
+    """A random ControlNet for a checkpoint's UNet, whose residuals are large enough to be seen, as a diffusers folder.
+
+    order: of the channels that it takes.
+    """
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", local_files_only=True)
+    widths = (4, 8, 8, 16)
+    network = ControlNetModel.from_unet(
+        unet, conditioning_embedding_out_channels=widths, controlnet_conditioning_channel_order=order
+    )
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():  # as they are made, these are zero
+            if name.startswith(
+                ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding.conv_out")
+            ):
+                parameter.normal_(std=0.2 if parameter.ndim > 1 else 0.05)
+    network.save_pretrained(folder)
+    return folder
+
+
 def make_tiny_tokenizer(folder: Path):  # type: ignore[no-untyped-def]
     """A CLIP tokenizer whose vocabulary is the byte alphabet and merges learnt on a few captions."""
     from sdrt.models.shapes.train import build_tokenizer
@@ -217,6 +241,34 @@ def tiny_bundle(tiny_export: Path, made_once: MadeOnce) -> Path:
 
     options = BuildOptions(backend="openvino", precision="fp32", sizes="64..128", batch="1..4")
     return made_once("tiny.sdrt", lambda target: build_bundle(tiny_export, target, options, silent))
+
+
+@pytest.fixture(scope="session")
+def tiny_controlnets(tiny_checkpoint: Path, made_once: MadeOnce) -> tuple[Path, Path]:
+    """Two ControlNets for the tiny checkpoint: one sees its picture as RGB, the other as BGR."""
+    first, second = (
+        made_once(name, lambda target: make_tiny_controlnet(target, tiny_checkpoint, seed=seed, order=name))
+        for seed, name in enumerate(("rgb", "bgr"), start=1)
+    )
+    return first, second
+
+
+@pytest.fixture(scope="session")
+def steered_export(tiny_checkpoint: Path, tiny_controlnets: tuple[Path, Path], made_once: MadeOnce) -> Path:
+    """The tiny checkpoint and its two ControlNets as an ONNX folder."""
+    from sdrt.export.package import export_model
+
+    return made_once("steered", lambda target: export_model(tiny_checkpoint, target, controlnets=tiny_controlnets))
+
+
+@pytest.fixture(scope="session")
+def steered_bundle(steered_export: Path, made_once: MadeOnce) -> Path:
+    """The tiny checkpoint and its two ControlNets as a float32 OpenVINO bundle, for 48 to 128 pixels a side."""
+    from sdrt.engines.build import BuildOptions, build_bundle
+    from sdrt.progress import silent
+
+    options = BuildOptions(backend="openvino", precision="fp32", sizes="48..128", batch="1..4")
+    return made_once("steered.sdrt", lambda target: build_bundle(steered_export, target, options, silent))
 
 
 @pytest.fixture(autouse=True, scope="session")

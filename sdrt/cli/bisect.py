@@ -87,8 +87,16 @@ def _check_request(bundle: "Bundle", bound: float | None) -> None:
 
 
 def _exported(bundle: "Bundle", folder: Path, work: Path, threads: int | None, progress: Progress) -> Path:
-    """The checkpoint as ONNX in `work`, with golden results of the size that the bundle was built with."""
+    """The checkpoint as ONNX in `work`, with golden results of the size that the bundle was built with.
+
+    RequestError: the bundle has ControlNets too.
+    """
     golden = bundle.manifest.golden
+    if bundle.manifest.model.controlnets:
+        raise RequestError(
+            f"{bundle.path} has ControlNets, and {folder} holds none",
+            hint="name what this writes: python -m sdrt.export MODEL OUT --controlnet FOLDER",
+        )
     check_diffusers_folder(folder, [])
     exported = work / "onnx"
     size = f"{golden.height}x{golden.width}"

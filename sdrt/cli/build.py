@@ -43,6 +43,14 @@ def build(
         typer.Argument(metavar="MODEL", help="A diffusers folder, an ONNX folder, or `shapes`, the embedded model."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="The folder to make.")],
+    controlnet: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A ControlNet in the diffusers layout, to steer MODEL with; again for more.",
+            show_default=False,
+        ),
+    ] = None,
     backend: Annotated[
         Literal["auto", "openvino", "onnxruntime", "tensorrt"], typer.Option(help="What compiles and runs the engines.")
     ] = "auto",
@@ -86,7 +94,15 @@ def build(
         _check_refit(backend)
     with progress_bar() as progress:
         bundle, peak_bytes = build_bundle(
-            model, out, flags, sizes=sizes, refit=refit, threads=threads, force=force, progress=progress
+            model,
+            out,
+            flags,
+            controlnets=controlnet or (),
+            sizes=sizes,
+            refit=refit,
+            threads=threads,
+            force=force,
+            progress=progress,
         )
     seconds = time.monotonic() - began
     result = _result(bundle, seconds) | {"peak_bytes": peak_bytes}
@@ -98,6 +114,7 @@ def build_bundle(
     out: Path,
     flags: Sequence[str],
     *,
+    controlnets: Sequence[Path] = (),
     sizes: str | None,
     refit: bool = False,
     threads: int | None,
@@ -106,7 +123,8 @@ def build_bundle(
 ) -> "tuple[Bundle, int | None]":
     """Build MODEL at `out`; returns the bundle and the export's peak memory, where it ran.
 
-    flags: options of the engines stage. Everything that can be refused early is refused before work begins.
+    flags: options of the engines stage. controlnets: folders of ControlNets. Everything that can be refused early is
+    refused before work begins.
     """
     from sdrt.bundle import Bundle
     from sdrt.files import check_replaceable, check_writable, output_errors
@@ -121,6 +139,7 @@ def build_bundle(
     folder = model_folder(model)
     switches = [*(["--refit"] if refit else []), *(["--overwrite"] if force else [])]
     flags = [*flags, *thread_flags(threads), *switches]
+    check_controlnet_folders(controlnets, folder)
     if is_onnx_folder(folder):
         run_stage(ENGINES, [str(folder), str(out), *flags], progress)
         return Bundle.open(out), None
@@ -132,9 +151,9 @@ def build_bundle(
     ):
         exported = Path(work) / "onnx"
         size_flags = [] if golden is None else ["--golden-size", f"{golden[0]}x{golden[1]}"]
-        record = run_stage(
-            EXPORT, [str(folder), str(exported), "--linked", *size_flags, *thread_flags(threads)], progress
-        )
+        control_flags = [part for each in controlnets for part in ("--controlnet", str(each))]
+        stage_flags = ["--linked", *control_flags, *size_flags, *thread_flags(threads)]
+        record = run_stage(EXPORT, [str(folder), str(exported), *stage_flags], progress)
         run_stage(ENGINES, [str(exported), str(out), *flags], progress)
     return Bundle.open(out), record.get("peak_bytes")
 
@@ -242,6 +261,25 @@ def check_diffusers_folder(folder: Path, sizes: Sequence[Size]) -> None:
             raise RequestError(
                 f"{width}x{height} is not a size of this model: both sides must be multiples of {multiple} pixels",
                 hint=f"the nearest one is {near}",
+            )
+
+
+def check_controlnet_folders(controlnets: Sequence[Path], model: Path) -> None:
+    """Refuse ControlNets that are not there (CheckpointError), or for a network that is traced already (RequestError).
+
+    Whether they fit the model is the export stage's to say.
+    """
+    if controlnets and is_onnx_folder(model):
+        raise RequestError(
+            f"--controlnet is given, but {model} is an ONNX folder, whose UNet is traced as it is",
+            hint="name the diffusers folder, or export it again: python -m sdrt.export MODEL OUT --controlnet FOLDER",
+        )
+    for folder in controlnets:
+        if not (folder / "config.json").is_file():
+            missing = "it has no config.json" if folder.is_dir() else "there is no such folder"
+            raise CheckpointError(
+                f"{folder} is not a ControlNet: {missing}",
+                hint="name the folder that holds the ControlNet's config.json and its safetensors weights",
             )
 
 

@@ -77,6 +77,7 @@ def _bundle_lines(bundle: "Bundle") -> "list[Text | str]":
     rows = [
         ("model", f"{model.name}, {model.task}, {model.identity[:12]}"),
         ("tasks", ", ".join(possible_tasks(model))),
+        *_control_rows(model),
         *_depth_rows(model),
         ("backend", f"{backend.name} {backend.version.split('-')[0]} on {backend.device}{features}"),
         ("precision", manifest.precision),
@@ -97,6 +98,11 @@ def _bundle_lines(bundle: "Bundle") -> "list[Text | str]":
     islands = [(item.name, _islands_text(item.islands)) for item in manifest.components if item.islands is not None]
     kept: list[Text | str] = ["", title("Kept in float32"), *facts(islands)] if islands else []
     return [title(f"{bundle.path}: a bundle"), *facts(rows), "", *parity_table(bundle), *kept]
+
+
+def _control_rows(model: "ModelRecord") -> list[tuple[str, str]]:
+    """What the images can be steered with, in the order of their --control-image."""
+    return [("ControlNets", ", ".join(model.controlnets))] if model.controlnets else []
 
 
 def _depth_rows(model: "ModelRecord") -> list[tuple[str, str]]:

@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from sdrt.cli.options import AsJson, BundleFolder, Force, OnProvider, Threads, check_outputs, chosen_size, numbered
+from sdrt.cli.pictures import check_same_picture, open_pictures
 from sdrt.cli.task_options import (
     Composed,
+    ControlEnd,
+    ControlImages,
+    ControlScale,
+    ControlStart,
     DepthFile,
     Fill,
     FromPicture,
@@ -41,7 +46,6 @@ if TYPE_CHECKING:
     from sdrt.pipeline import Result
     from sdrt.progress import Progress
     from sdrt.request import Request
-    from sdrt.runners.base import FloatArray
 
 REQUEST_FIELDS = (
     "prompt",
@@ -75,12 +79,12 @@ REQUEST_FIELDS = (
     "windowed",
     "noise_level",
     "image_guidance_scale",
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
     "variation_seed",
     "variation_strength",
 )
-
-# Fields that are pictures: options name their files, and an image remembers their hashes alone.
-PICTURE_OPTIONS = {"image": "--image", "mask_image": "--mask", "depth_map": "--depth"}
 
 # What an option says anew of a remembered image: the others of its kind no longer hold.
 _STEPS = ("num_inference_steps", "timesteps", "sigmas")
@@ -151,6 +155,10 @@ def run(
     depth: DepthFile = None,
     noise_level: NoiseLevel = None,
     image_guidance_scale: ImageGuidanceScale = None,
+    control_image: ControlImages = None,
+    control_scale: ControlScale = None,
+    control_start: ControlStart = None,
+    control_end: ControlEnd = None,
     guidance_rescale: Annotated[
         float | None,
         typer.Option(
@@ -277,6 +285,10 @@ def run(
         "depth_map": depth,
         "noise_level": noise_level,
         "image_guidance_scale": image_guidance_scale,
+        "control_image": control_image or None,
+        "controlnet_conditioning_scale": _for_controlnets(control_scale),
+        "control_guidance_start": _for_controlnets(control_start),
+        "control_guidance_end": _for_controlnets(control_end),
         "generator": generator,
         "num_images_per_prompt": images,
     }
@@ -326,6 +338,13 @@ def _numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> li
         raise RequestError(f"{option} is {text!r}", hint=hint) from error
 
 
+def _for_controlnets(values: list[float] | None) -> float | list[float] | None:
+    """One number is for every ControlNet, several are for one each."""
+    if not values:
+        return None
+    return values[0] if len(values) == 1 else values
+
+
 def _margins(text: str) -> dict[str, int]:
     from sdrt.tasks.outpainting import parse_margins
 
@@ -349,7 +368,6 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
     Raises RequestError, BundleError.
     """
     from sdrt.bundle import Bundle
-    from sdrt.image import open_depth, open_image, open_mask
     from sdrt.request import Request
     from sdrt.resolution import OWN_PLAN, resolve_request
 
@@ -375,29 +393,11 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
         fields["scheduler"] = None
     if not isinstance(fields.get("scheduler"), str | None):
         raise RequestError(f"the scheduler is {fields['scheduler']!r}, not a name", hint="give one with --scheduler")
-    openers = {"image": open_image, "mask_image": open_mask, "depth_map": open_depth}
-    for field, opener in openers.items():
-        if field in fields:
-            fields[field] = opener(fields[field])
-        _check_same_picture(remembered, field, fields.get(field))
+    fields |= open_pictures(fields)
+    check_same_picture(remembered, fields)
     request = Request(**fields)
     resolved = resolve_request(request, bundle.manifest)
     return replace(request, seed=resolved.seeds, num_images_per_prompt=None), len(resolved.seeds), bundle
-
-
-def _check_same_picture(remembered: dict[str, Any], field: str, picture: "Image | FloatArray | None") -> None:
-    """An image that was made of others needs them to be drawn again: it does not hold them."""
-    import numpy as np
-
-    from sdrt.tasks.pictures import pixels_sha256, values_sha256
-
-    wanted, option = remembered.get(f"{field}_sha256"), PICTURE_OPTIONS[field]
-    if wanted is None:
-        return
-    if picture is None:
-        raise RequestError(f"the image was made with a {field} that it does not hold", hint=f"name it with {option}")
-    if (values_sha256(picture) if isinstance(picture, np.ndarray) else pixels_sha256(picture)) != wanted:
-        print_warning(f"{option} is not the picture of the time before, so the result will differ")
 
 
 def _remembered(image: Path) -> dict[str, Any]:

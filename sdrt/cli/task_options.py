@@ -101,6 +101,45 @@ ImageGuidanceScale = Annotated[
         show_default=False,
     ),
 ]
+ControlImages = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--control-image",
+        metavar="IMAGE|none",
+        help="For bundles with ControlNets: what steers; several: one for each, in their order, or none.",
+        show_default=False,
+    ),
+]
+ControlScale = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--control-scale",
+        "--controlnet-conditioning-scale",
+        metavar="S",
+        help="How much it counts; again for each ControlNet. Default: 1.",
+        show_default=False,
+    ),
+]
+ControlStart = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--control-start",
+        "--control-guidance-start",
+        metavar="SHARE",
+        help="Steer from this share of the steps on; again for each ControlNet. Default: 0.",
+        show_default=False,
+    ),
+]
+ControlEnd = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--control-end",
+        "--control-guidance-end",
+        metavar="SHARE",
+        help="And up to this one; again for each ControlNet. Default: 1.",
+        show_default=False,
+    ),
+]
 HiresScale = Annotated[
     float | None,
     typer.Option(

@@ -1,0 +1,73 @@
+"""The pictures that `sdrt run` is given as files: opened, and known again when an image of theirs is drawn again."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdrt.cli.terminal import print_warning
+from sdrt.errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sdrt.runners.base import FloatArray
+
+    Picture = Image | FloatArray | Sequence[Image | None]
+
+# Fields that are pictures: options name their files, and an image remembers their hashes alone.
+PICTURE_OPTIONS = {
+    "image": "--image",
+    "mask_image": "--mask",
+    "depth_map": "--depth",
+    "control_image": "--control-image",
+}
+NO_CONTROL = "none"  # instead of a file: a ControlNet that is to have no say
+
+
+def open_pictures(fields: Mapping[str, Any]) -> "dict[str, Picture]":
+    """The fields that name files of pictures, with the pictures instead. Raises RequestError."""
+    from sdrt.image import open_depth, open_image, open_mask
+
+    openers: dict[str, Callable[[Any], Picture]] = {
+        "image": open_image,
+        "mask_image": open_mask,
+        "depth_map": open_depth,
+        "control_image": _open_controls,
+    }
+    return {field: opener(fields[field]) for field, opener in openers.items() if field in fields}
+
+
+def check_same_picture(remembered: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """An image that was made of others needs them to be drawn again: it does not hold them. Raises RequestError."""
+    for field, option in PICTURE_OPTIONS.items():
+        wanted = remembered.get(f"{field}_sha256")
+        if wanted is None:
+            continue
+        if field not in fields:
+            several = " for each ControlNet" if field == "control_image" else ""
+            raise RequestError(
+                f"the image was made with a {field} that it does not hold", hint=f"name it with {option}{several}"
+            )
+        if _sha256(fields[field]) != wanted:
+            print_warning(f"{option} is not the picture of the time before, so the result will differ")
+
+
+def _open_controls(names: Sequence[str]) -> "Sequence[Image | None]":
+    """A picture for each ControlNet, or None."""
+    from sdrt.image import open_image
+
+    return [None if name == NO_CONTROL else open_image(Path(name)) for name in names]
+
+
+def _sha256(picture: "Picture") -> str | list[str | None]:
+    """What an image remembers of a picture; of several a list."""
+    import numpy as np
+    from PIL.Image import Image
+
+    from sdrt.tasks.pictures import pixels_sha256, values_sha256
+
+    if isinstance(picture, np.ndarray):
+        return values_sha256(picture)
+    if isinstance(picture, Image):
+        return pixels_sha256(picture)
+    return [None if each is None else pixels_sha256(each) for each in picture]
