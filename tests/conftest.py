@@ -155,11 +155,10 @@ def make_tiny_controlnet(folder: Path, checkpoint: Path, *, seed: int, order: st
     network = ControlNetModel.from_unet(
         unet, conditioning_embedding_out_channels=widths, controlnet_conditioning_channel_order=order
     )
+    zero = ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding.conv_out")  # as they are made
     with torch.no_grad():
-        for name, parameter in network.named_parameters():  # as they are made, these are zero
-            if name.startswith(
-                ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding.conv_out")
-            ):
+        for name, parameter in network.named_parameters():
+            if name.startswith(zero):
                 parameter.normal_(std=0.2 if parameter.ndim > 1 else 0.05)
     network.save_pretrained(folder)
     return folder
@@ -246,11 +245,10 @@ def tiny_bundle(tiny_export: Path, made_once: MadeOnce) -> Path:
 @pytest.fixture(scope="session")
 def tiny_controlnets(tiny_checkpoint: Path, made_once: MadeOnce) -> tuple[Path, Path]:
     """Two ControlNets for the tiny checkpoint: one sees its picture as RGB, the other as BGR."""
-    first, second = (
-        made_once(name, lambda target: make_tiny_controlnet(target, tiny_checkpoint, seed=seed, order=name))
-        for seed, name in enumerate(("rgb", "bgr"), start=1)
+    return (
+        made_once("rgb", lambda target: make_tiny_controlnet(target, tiny_checkpoint, seed=1)),
+        made_once("bgr", lambda target: make_tiny_controlnet(target, tiny_checkpoint, seed=2, order="bgr")),
     )
-    return first, second
 
 
 @pytest.fixture(scope="session")

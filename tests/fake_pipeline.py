@@ -35,7 +35,11 @@ CHANNELS = {"text-to-image": 0, "inpainting": 5, "upscaling": 3, "depth-to-image
 
 
 def make_manifest(
-    *, max_batch: int = 8, sizes: tuple[tuple[int, int], ...] = (), task: ModelTask = "text-to-image"
+    *,
+    max_batch: int = 8,
+    sizes: tuple[tuple[int, int], ...] = (),
+    task: ModelTask = "text-to-image",
+    controlnets: tuple[str, ...] = (),
 ) -> Manifest:
     parity = ParityRecord(metric="max_relative", measured=0.0, bound=1e-3)
     file = FileRecord(path="golden/image.npz", sha256="0" * 64, size_bytes=0)
@@ -57,6 +61,8 @@ def make_manifest(
             default_width=64,
             scheduler_class="PNDMScheduler",
             scheduler_config=dict(SCHEDULER_CONFIG),
+            controlnets=controlnets,
+            control_features=3 if controlnets else 0,
             noise_augmentation=NoiseAugmentation(scheduler_config=dict(SCHEDULER_CONFIG), max_noise_level=350)
             if task == "upscaling"
             else None,
