@@ -102,7 +102,10 @@ class TestSteering:
 
     def test_one_of_several_can_be_left_out(self, fake):
         second = picture(seed=2)
-        two = latents(fake(controlnets=TWO), asked(control_image=[None, second], controlnet_conditioning_scale=[5, 1]))
+        request = asked(control_image=[None, second], controlnet_conditioning_scale=[5, 1])
+        (path,) = prepared(fake(controlnets=TWO), request)
+        np.testing.assert_array_equal(path.steering.scales, np.tile([0, 1], (4, 1)))  # a black picture would steer too
+        two = latents(fake(controlnets=TWO), request)
         one = latents(fake(controlnets=ONE), asked(control_image=second))
         np.testing.assert_array_equal(two, one)
 

@@ -15,6 +15,9 @@ GUIDANCE = TensorSpec(name="guidance", dtype="float32", shape=("requests", "lane
 EMBEDS = TensorSpec(name="prompt_embeds", dtype="float32", shape=("lanes", "length", 128))
 LATENT = TensorSpec(name="latent_sample", dtype="float32", shape=("batch", 4, "height", "width"))
 PIXELS = TensorSpec(name="sample", dtype="float32", shape=("batch", 3, "8*rows", "8*columns"))
+PICTURES = TensorSpec(name="controlnet_cond", dtype="float32", shape=("batch", 2, 3, "8*rows", "8*columns"))
+CONTROL = TensorSpec(name="control", dtype="float32", shape=("requests", 2, 320, "height", "width"))
+CONTROL_SCALES = TensorSpec(name="control_scales", dtype="float32", shape=("requests", 2))
 IDS = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "sequence"))
 
 
@@ -63,6 +66,20 @@ def test_the_vae_takes_one_tile_of_any_size_up_to_the_models_own():
     assert found["latent_sample"] == ((1, 4, 1, 1), (1, 4, 64, 64), (1, 4, 64, 64))
     (found,) = profiles("vae_encoder", PIXELS, sizes="256x256")
     assert found["sample"] == ((1, 3, 8, 8), (1, 3, 256, 256), (1, 3, 256, 256))
+
+
+def test_a_step_with_controlnets_takes_what_steers_each_request():
+    hot, general = profiles("step", STATE, CONTROL, CONTROL_SCALES, sizes="256..768")
+    assert hot["control"] == ((1, 2, 320, 64, 64), (4, 2, 320, 64, 64), (4, 2, 320, 64, 64))
+    assert general["control"] == ((1, 2, 320, 32, 32), (4, 2, 320, 64, 64), (4, 2, 320, 96, 96))
+    assert general["control_scales"] == ((1, 2), (4, 2), (4, 2))
+
+
+def test_the_control_embedding_takes_the_pictures_of_one_image_up_to_the_largest_in_windows():
+    (found,) = profiles("control_embedding", PICTURES, sizes="256..768")
+    assert found["controlnet_cond"] == ((1, 2, 3, 256, 256), (1, 2, 3, 512, 512), (1, 2, 3, 3072, 3072))
+    (found,) = profiles("control_embedding", PICTURES, sizes="512x512", batch="1")
+    assert found["controlnet_cond"] == ((1, 2, 3, 512, 512), (1, 2, 3, 512, 512), (1, 2, 3, 2048, 2048))
 
 
 def test_the_text_encoder_takes_one_prompt_of_the_models_length():

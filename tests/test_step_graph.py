@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -54,7 +55,7 @@ def place_step(unet_path, folder, *, change=lambda model: None, thresholding=Non
     return folder
 
 
-def open_step(name, folder, engine):
+def open_step(name, folder, engine, **source):
     path = folder / "model.onnx"
     if name == "onnxruntime":
         import onnxruntime
@@ -64,7 +65,7 @@ def open_step(name, folder, engine):
     import openvino
 
     precision = name.split()[1]
-    files = OpenVinoBuilder().build(step_source(path), precision, engine)
+    files = OpenVinoBuilder().build(replace(step_source(path), **source), precision, engine)
     hint = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision], "INFERENCE_NUM_THREADS": 1}
     compiled = openvino.Core().compile_model(engine / files[0], "CPU", hint)
     return lambda feeds: compiled(feeds)["next_state"].copy()
@@ -216,6 +217,64 @@ def test_a_step_thresholds_by_quantiles_where_it_is_composed_so(unet_path, unet,
     (tmp_path / "engine").mkdir()
     made = open_step(backend, folder, tmp_path / "engine")(feeds)
     assert relative_error(made, expected_step(unet, feeds, threshold)) < 5e-6
+
+
+CONTROLS, CONTROL_FEATURES = 2, 16
+
+
+@pytest.fixture(scope="module")
+def steered(steered_export, tmp_path_factory):
+    """The step graph of a network with two ControlNets, as `steps`."""
+    folder = place_step(steered_export / "unet" / "model.onnx", tmp_path_factory.mktemp("step"))
+    sizes = {"controls": CONTROLS, "control_features": CONTROL_FEATURES}
+    return {name: open_step(name, folder, tmp_path_factory.mktemp("engine"), **sizes) for name in BACKENDS}
+
+
+def with_controls(feeds, seed=1):
+    """The feeds, and what steers each request."""
+    random = np.random.default_rng(seed)
+    requests, _, _, height, width = feeds["state"].shape
+    shape = (requests, CONTROLS, CONTROL_FEATURES, height, width)
+    scales = random.uniform(0.5, 1.5, (requests, CONTROLS)).astype(np.float32)
+    return {**feeds, "control": random.standard_normal(shape, np.float32), "control_scales": scales}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("owners", "sides"), [([0], (8, 8)), ([2, 0, 1, 0, 2], (8, 16)), ([1, 1, 0], (7, 9))], ids=str)
+def test_a_step_with_controlnets_is_its_definition(steered, steered_export, backend, owners, sides):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(steered_export / "unet" / "model.onnx")
+    feeds = with_controls(random_feeds(max(owners) + 1, owners, height=sides[0], width=sides[1]))
+
+    def network(sample, timestep, prompt_embeds):
+        own = {name: feeds[name][feeds["lane_request"]] for name in ("control", "control_scales")}
+        brought = {"sample": sample, "timestep": timestep, "encoder_hidden_states": prompt_embeds}
+        return session.run(None, brought | own)[0]
+
+    bound = 3e-2 if "bf16" in backend else 5e-6
+    assert relative_error(steered[backend](feeds), expected_step(network, feeds)) < bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_steers_one_request_does_not_reach_another(steered, backend):
+    feeds = with_controls(random_feeds(2, [0, 1, 1]))
+    before = steered[backend](feeds)
+    feeds["control"][0] *= 2
+    after = steered[backend](feeds)
+    assert np.array_equal(after[1], before[1])
+    assert not np.array_equal(after[0], before[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_controlnet_with_a_scale_of_zero_has_no_say_whatever_it_sees(steered, backend):
+    feeds = with_controls(random_feeds(2, [0, 1]))
+    feeds["control_scales"][:] = [[0, 0], [0, 1]]
+    before = steered[backend](feeds)
+    feeds["control"][0], feeds["control"][1, 0] = 3, -2
+    assert np.array_equal(steered[backend](feeds), before)
+    feeds["control"][1, 1] = -2
+    assert not np.array_equal(steered[backend](feeds)[1], before[1])
 
 
 @pytest.mark.skipif("openvino bf16" not in BACKENDS, reason="this CPU does not compute in bf16")
@@ -401,6 +460,26 @@ def tiny_unet(inputs=None, outputs=("out_sample",), opset=18):
         (tiny_unet({"sample": None, "x": (TensorProto.FLOAT, ["b", 4, "h", "w"])}), "lacks sample and also wants x"),
         (tiny_unet({"class_labels": (TensorProto.FLOAT, ["b"])}), "class_labels is of type FLOAT"),
         (tiny_unet({"sample": (TensorProto.FLOAT, ["b", 3, "h", "w"])}), "takes 3 channels and gives 4"),
+        (tiny_unet({"control": (TensorProto.FLOAT, ["b", 1, 16, "h", "w"])}), "lacks control_scales"),
+        (tiny_unet({"control_scales": (TensorProto.FLOAT, ["b", 1])}), "lacks control"),
+        (
+            tiny_unet(
+                {
+                    "control": (TensorProto.FLOAT, ["b", "k", 16, "h", "w"]),
+                    "control_scales": (TensorProto.FLOAT, ["b", "k"]),
+                }
+            ),
+            r"control has the shape \('b', 'k', 16, 'h', 'w'\)",
+        ),
+        (
+            tiny_unet(
+                {
+                    "control": (TensorProto.FLOAT16, ["b", 1, 16, "h", "w"]),
+                    "control_scales": (TensorProto.FLOAT, ["b", 1]),
+                }
+            ),
+            "control is of type FLOAT16",
+        ),
         (
             tiny_unet({"text_embeds": (TensorProto.FLOAT, ["b", 8]), "time_ids": (TensorProto.FLOAT, ["b", 6])}),
             "time_ids",
