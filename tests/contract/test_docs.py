@@ -14,6 +14,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from sdrt.models.shapes.task_cases import task_cases
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -40,10 +43,13 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def desk(tmp_path_factory: pytest.TempPathFactory, shapes_bundle: Path) -> Path:
-    """A folder as a reader of the README would have it: the bundle and a checkpoint of their own."""
+    """A folder as a reader of the README would have it: the bundle, a checkpoint and a ControlNet of their own."""
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(shapes_bundle, folder / "shapes.sdrt")
     shutil.copytree(ROOT / "models" / "shapes" / "checkpoint", folder / "my-model")
+    shutil.copytree(ROOT / "models" / "shapes" / "edges", folder / "models" / "shapes" / "edges")
+    case = next(iter(task_cases("edges", 1)))
+    Image.fromarray(case.edges).save(folder / "edges.png")
     return folder
 
 
