@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdrt.bundle import Bundle, JsonValue
+from sdrt.bundle import Bundle, JsonValue, ModelRecord, TinyVaeRecord
 from sdrt.cache import Store
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.bisect import Findings, find_losses, measure_sizes, onnx_evaluator
@@ -28,7 +28,7 @@ from sdrt.engines.onnx_folder import OnnxFolder, read_onnx_folder
 from sdrt.engines.reference import golden_inputs
 from sdrt.errors import CheckpointError, RequestError
 from sdrt.progress import Progress
-from sdrt.runners.base import VAE_DECODER_FLOAT32, Array
+from sdrt.runners.base import TINY_VAE_DECODER, Array
 from sdrt.worker import serve
 
 EMULATION = "CPU emulation"
@@ -61,7 +61,9 @@ def bisect_bundle(
     host = find_engine_host(manifest.backend)
     inputs = golden_inputs(folder, manifest.profile)
     found: list[ComponentFindings] = []
-    halves = [component for component in manifest.components if component.name != VAE_DECODER_FLOAT32]
+    if manifest.model.tiny_vae is not None and folder.model.tiny_vae is None:
+        warnings.warn(f"the model was named without its tiny VAE: {TINY_VAE_DECODER} is not compared", stacklevel=2)
+    halves = [component for component in manifest.components if component.name in inputs]  # those of the model
     for done, component in enumerate(halves):
         progress(f"bisecting {component.name}", done, len(halves))
         source = replace(component_source(component.name, folder, manifest.profile), state_slots=manifest.state_slots)
@@ -80,11 +82,19 @@ def bisect_bundle(
 
 
 def check_same_model(bundle: Bundle, folder: OnnxFolder) -> None:
-    """CheckpointError unless `folder` is the model that the bundle was built from, by its identity."""
+    """CheckpointError unless `folder` is the model that the bundle was built from, and a tiny VAE in both is one."""
     built, given = bundle.manifest.model, folder.model
+    _check_identity(bundle, "model", built, given)
+    if built.tiny_vae is not None and given.tiny_vae is not None:
+        _check_identity(bundle, "tiny VAE", built.tiny_vae, given.tiny_vae)
+
+
+def _check_identity(
+    bundle: Bundle, what: str, built: ModelRecord | TinyVaeRecord, given: ModelRecord | TinyVaeRecord
+) -> None:
     if built.identity != given.identity:
         raise CheckpointError(
-            f"the model is not the one this bundle was built from: it is {given.name} ({given.identity[:12]}), "
+            f"the {what} is not the one this bundle was built from: it is {given.name} ({given.identity[:12]}), "
             f"the bundle was built from {built.name} ({built.identity[:12]})",
             hint=f"name the checkpoint or ONNX folder that {bundle.path} was built from, unchanged",
         )

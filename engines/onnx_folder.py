@@ -20,7 +20,15 @@ from sdrt.exported import (
     GoldenRequest,
     task_of_channels,
 )
-from sdrt.runners.base import CONTROL_EMBEDDING, DEPTH_ESTIMATOR, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+from sdrt.runners.base import (
+    CONTROL_EMBEDDING,
+    DEPTH_ESTIMATOR,
+    STEP,
+    TEXT_ENCODER,
+    TINY_VAE_DECODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+)
 
 FOLDER_OF = {
     TEXT_ENCODER: "text_encoder",
@@ -29,11 +37,13 @@ FOLDER_OF = {
     VAE_ENCODER: "vae_encoder",
     CONTROL_EMBEDDING: "control_embedding",
     DEPTH_ESTIMATOR: "depth_estimator",
+    TINY_VAE_DECODER: "tiny_vae_decoder",
 }
 # Which models have the components that not all have.
 OPTIONAL: Mapping[str, Callable[[ModelRecord], bool]] = {
     CONTROL_EMBEDDING: lambda model: bool(model.controlnets),
     DEPTH_ESTIMATOR: lambda model: model.depth_estimation is not None,
+    TINY_VAE_DECODER: lambda model: model.tiny_vae is not None,
 }
 _REEXPORT = "export the checkpoint again, or name the folder that holds model_index.json"
 

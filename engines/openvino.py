@@ -21,6 +21,7 @@ from sdrt.runners.base import (
     IN_FLOAT32,
     STEP,
     TEXT_ENCODER,
+    TINY_VAE_DECODER,
     VAE_DECODER,
     VAE_ENCODER,
 )
@@ -131,6 +132,7 @@ def _dimensions(source: ComponentSource) -> Mapping[str, tuple[int | None, ...]]
     by_component: Mapping[str, Mapping[str, tuple[int | None, ...]]] = {
         TEXT_ENCODER: {"input_ids": (None, None)},
         VAE_DECODER: {"latent_sample": (None, channels, None, None)},
+        TINY_VAE_DECODER: {"latent_sample": (None, channels, None, None)},
         VAE_ENCODER: {"sample": (None, 3, None, None)},
         STEP: _step_dimensions(source),
         CONTROL_EMBEDDING: {"controlnet_cond": (None, source.controls, 3, None, None)},

@@ -14,6 +14,7 @@ from sdrt.runners.base import (
     DEPTH_ESTIMATOR,
     STEP,
     TEXT_ENCODER,
+    TINY_VAE_DECODER,
     VAE_DECODER,
     VAE_DECODER_FLOAT32,
     VAE_ENCODER,
@@ -28,6 +29,7 @@ _DIMENSIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
         TEXT_ENCODER: {"input_ids": ("batch", "length")},
         VAE_DECODER: {"latent_sample": ("batch", "channels", "height", "width")},
         VAE_DECODER_FLOAT32: {"latent_sample": ("batch", "channels", "height", "width")},
+        TINY_VAE_DECODER: {"latent_sample": ("batch", "channels", "height", "width")},
         VAE_ENCODER: {"sample": ("batch", "channels", "height", "width")},
         CONTROL_EMBEDDING: {"controlnet_cond": ("batch", "controls", "channels", "height", "width")},
         DEPTH_ESTIMATOR: {"pixel_values": ("batch", "channels", "height", "width")},
@@ -73,7 +75,7 @@ def _ranges(source: ComponentSource) -> list[dict[str, Range]]:
     length = {"length": _fixed(profile.text_length)}
     if source.name == TEXT_ENCODER:
         return [length | {"batch": _fixed(1)}]
-    if source.name in (VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER):
+    if source.name in (VAE_DECODER, VAE_DECODER_FLOAT32, TINY_VAE_DECODER, VAE_ENCODER):
         return [_vae_ranges(source)]
     if source.name == CONTROL_EMBEDDING:
         height, width = (LARGEST_FACTOR * side for side in profile.maximum)  # the whole of an image in windows

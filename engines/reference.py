@@ -22,7 +22,16 @@ from sdrt.errors import BuildError
 from sdrt.exported import GoldenRequest
 from sdrt.golden import NOISE_LEVEL
 from sdrt.runners import open_runner
-from sdrt.runners.base import CONTROL_EMBEDDING, DEPTH_ESTIMATOR, STEP, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array
+from sdrt.runners.base import (
+    CONTROL_EMBEDDING,
+    DEPTH_ESTIMATOR,
+    STEP,
+    TEXT_ENCODER,
+    TINY_VAE_DECODER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Array,
+)
 
 _TIMESTEP = 981.0  # large and odd: low precision shows here first
 _PROMPT, _SEED, _STEPS, _GUIDANCE_SCALE = "a red circle on a white background", 0, 4, 5.0
@@ -142,6 +151,8 @@ def _component_feeds(folder: OnnxFolder, request: GoldenRequest) -> dict[str, Ma
         feeds[DEPTH_ESTIMATOR] = {
             "pixel_values": normal(1, 3, *(size if estimation.takes is None else estimation.takes))
         }
+    if model.tiny_vae is not None:
+        feeds[TINY_VAE_DECODER] = {"latent_sample": normal(*latents)}
     return feeds
 
 

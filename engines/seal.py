@@ -24,6 +24,7 @@ from sdrt.runners.base import (
     IN_FLOAT32,
     STEP,
     TEXT_ENCODER,
+    TINY_VAE_DECODER,
     VAE_DECODER,
     VAE_ENCODER,
     Array,
@@ -35,7 +36,13 @@ from sdrt.runners.base import (
 # rounded to bf16 costs a step more than its bound.
 FLOAT32_BOUND = 2e-4
 BF16_BOUNDS: Mapping[str, float] = MappingProxyType(
-    {**dict.fromkeys(IN_FLOAT32, FLOAT32_BOUND), STEP: 3e-2, VAE_DECODER: 5e-2, VAE_ENCODER: 5e-2}
+    {
+        **dict.fromkeys(IN_FLOAT32, FLOAT32_BOUND),
+        STEP: 3e-2,
+        VAE_DECODER: 5e-2,
+        VAE_ENCODER: 5e-2,
+        TINY_VAE_DECODER: 5e-2,
+    }
 )
 FP16_BOUNDS: Mapping[str, float] = MappingProxyType(
     {
@@ -45,6 +52,7 @@ FP16_BOUNDS: Mapping[str, float] = MappingProxyType(
         STEP: 1e-2,
         VAE_DECODER: 2e-2,
         VAE_ENCODER: 2e-2,
+        TINY_VAE_DECODER: 2e-2,
     }
 )
 IMAGE_LEVELS = 1  # of 255, in float32

@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--controlnet", type=Path, action="append", default=[], help="a ControlNet's folder")
+    parser.add_argument("--tiny-vae", type=Path, help="the folder of an AutoencoderTiny, whose decoder is exported too")
     parser.add_argument("--golden-size", help="HEIGHTxWIDTH of the reference image")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--overwrite", action="store_true")
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.model,
             options.out,
             controlnets=options.controlnet,
+            tiny_vae=options.tiny_vae,
             golden_size=_parse_size(options.golden_size),
             threads=options.threads,
             overwrite=options.overwrite,

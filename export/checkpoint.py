@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sdrt.bundle import DepthEstimation, ModelRecord, ModelTask, NoiseAugmentation
+from sdrt.bundle import DepthEstimation, ModelRecord, ModelTask, NoiseAugmentation, TinyVaeRecord
 from sdrt.cache import Store, cache_key
 from sdrt.depth import PROCESSOR_FILE, read_depth_estimation
 from sdrt.errors import CheckpointError
 from sdrt.export.controlnet import ControlNet, check_controlnet
+from sdrt.export.tiny_vae import check_tiny_vae, check_tiny_vae_folder
 from sdrt.exported import MAX_NOISE_LEVEL, task_of_channels
 from sdrt.plan.catalog import FAMILIES
 
@@ -22,6 +23,7 @@ COMPONENT_CLASSES: Mapping[str, str] = {
 }
 # Components that a checkpoint may be without, and the files that decide with them what they do.
 CONTROLNET = "controlnet"  # where components have the names of a checkpoint's folders: the ControlNets beside it
+TINY_VAE = "tiny_vae"  # and a tiny VAE beside it
 OPTIONAL_CLASSES: Mapping[str, str] = {"depth_estimator": "DPTForDepthEstimation"}
 _COMPANIONS: Mapping[str, tuple[str, ...]] = {"depth_estimator": (PROCESSOR_FILE,)}
 # Which checkpoints each pipeline class is saved with: those of text-to-image do for any whose UNet needs no more.
@@ -66,7 +68,7 @@ class Checkpoint:
 
     name: as the checkpoint calls itself, else its folder's. configs: component → its config.json. weights: component →
     its safetensors files. variant: the infix of the weights' names ("fp16"), where the folder holds only that.
-    controlnets: those that are to steer its UNet.
+    controlnets: those that are to steer its UNet. tiny_vae: the folder of one that lies beside it, a component as well.
     """
 
     path: Path
@@ -79,6 +81,7 @@ class Checkpoint:
     noise_augmentation: NoiseAugmentation | None = None
     depth_estimation: DepthEstimation | None = None
     controlnets: tuple[ControlNet, ...] = ()
+    tiny_vae: Path | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -86,10 +89,11 @@ class Checkpoint:
         weights = [*self.weights.values(), *(control.weights for control in self.controlnets)]
         return sum(path.stat().st_size for paths in weights for path in paths)
 
-    def config_file(self, component: str) -> Path:
-        """The config.json of a component; of several ControlNets the first one's."""
-        folder = self.controlnets[0].path if component == CONTROLNET else self.path / component
-        return folder / "config.json"
+    def folder(self, component: str) -> Path:
+        """Where a component's config and weights lie; of several ControlNets the first one's."""
+        if component == CONTROLNET:
+            return self.controlnets[0].path
+        return self.tiny_vae if component == TINY_VAE and self.tiny_vae is not None else self.path / component
 
     @property
     def vae_downsample(self) -> int:
@@ -125,8 +129,8 @@ class Checkpoint:
         return height * self.vae_downsample, width * self.vae_downsample
 
 
-def open_checkpoint(path: Path, controlnets: Sequence[Path] = ()) -> Checkpoint:
-    """Recognise and check a diffusers folder, and ControlNets for its UNet.
+def open_checkpoint(path: Path, controlnets: Sequence[Path] = (), tiny_vae: Path | None = None) -> Checkpoint:
+    """Recognise and check a diffusers folder, ControlNets for its UNet, and a tiny VAE that decodes its latents.
 
     Raises CheckpointError with what is wrong and what to do.
     """
@@ -137,9 +141,11 @@ def open_checkpoint(path: Path, controlnets: Sequence[Path] = ()) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint at {path}", hint="check the path; it must be a diffusers folder")
     index = _read_json(path / "model_index.json")
     _check_pipeline(path, index)
-    components = (*COMPONENT_CLASSES, *_present_options(path, index))
-    configs = {name: _read_json(_component_folder(path, name) / "config.json") for name in components}
-    located = {name: _locate_weights(_component_folder(path, name)) for name in components}
+    folders = {name: _component_folder(path, name) for name in (*COMPONENT_CLASSES, *_present_options(path, index))}
+    if tiny_vae is not None:
+        folders[TINY_VAE] = check_tiny_vae_folder(tiny_vae)
+    configs = {name: _read_json(folder / "config.json") for name, folder in folders.items()}
+    located = {name: _locate_weights(folder) for name, folder in folders.items()}
     scheduler = _read_json(_component_folder(path, "scheduler") / "scheduler_config.json")
     checkpoint = Checkpoint(
         path=path,
@@ -152,11 +158,15 @@ def open_checkpoint(path: Path, controlnets: Sequence[Path] = ()) -> Checkpoint:
         noise_augmentation=_noise_augmentation(path, index),
         depth_estimation=_depth_estimation(path, configs),
         controlnets=tuple(_open_controlnet(folder) for folder in controlnets),
+        tiny_vae=tiny_vae,
     )
     _check_tokenizer(path)
     _check_unet(checkpoint)
     _check_task(checkpoint, str(index.get("_class_name")))
     _check_controlnets(checkpoint)
+    if tiny_vae is not None:
+        latent_channels = int(configs["vae"]["latent_channels"])
+        check_tiny_vae(tiny_vae, configs[TINY_VAE], latent_channels, checkpoint.vae_downsample)
     return checkpoint
 
 
@@ -170,18 +180,18 @@ def component_hashes(checkpoint: Checkpoint, component: str, store: Store) -> di
     if component == CONTROLNET:
         return hashes
     companions = (checkpoint.path / name for name in _COMPANIONS.get(component, ()))
-    files = (checkpoint.config_file(component), *checkpoint.weights[component], *companions)
+    files = (checkpoint.folder(component) / "config.json", *checkpoint.weights[component], *companions)
     return hashes | {path.name: store.sha256(path) for path in files}
 
 
 def identity_of(checkpoint: Checkpoint, store: Store) -> str:
-    """One sha256 over everything that decides the model's images."""
+    """One sha256 over everything that decides the model's images; a tiny VAE, which has its own, is beside it."""
     folders = ("tokenizer", "scheduler")
     files = [path for folder in folders for path in sorted((checkpoint.path / folder).rglob("*")) if path.is_file()]
     others = {path.relative_to(checkpoint.path).as_posix(): store.sha256(path) for path in files}
     if checkpoint.noise_augmentation is not None:
         others["low_res_scheduler"] = store.sha256(checkpoint.path / "low_res_scheduler" / "scheduler_config.json")
-    for name in checkpoint.weights:
+    for name in (name for name in checkpoint.weights if name != TINY_VAE):
         hashes = component_hashes(checkpoint, name, store)
         others |= {f"{name}/{file}": digest for file, digest in hashes.items()}
     return cache_key(files={**others})
@@ -209,6 +219,17 @@ def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
         depth_estimation=checkpoint.depth_estimation,
         controlnets=tuple(control.name for control in checkpoint.controlnets),
         control_features=checkpoint.controlnets[0].features if checkpoint.controlnets else 0,
+        tiny_vae=_tiny_vae_record(checkpoint, store),
+    )
+
+
+def _tiny_vae_record(checkpoint: Checkpoint, store: Store) -> TinyVaeRecord | None:
+    if checkpoint.tiny_vae is None:
+        return None
+    return TinyVaeRecord(
+        name=checkpoint.tiny_vae.resolve().name,
+        identity=cache_key(files={**component_hashes(checkpoint, TINY_VAE, store)}),
+        scaling_factor=float(checkpoint.configs[TINY_VAE].get("scaling_factor", 1.0)),
     )
 
 

@@ -10,8 +10,9 @@ from torch.export import Dim
 
 from sdrt.bundle import DepthEstimation
 from sdrt.errors import ExportError
-from sdrt.export.checkpoint import COMPONENT_CLASSES, CONTROLNET, Checkpoint
+from sdrt.export.checkpoint import COMPONENT_CLASSES, CONTROLNET, TINY_VAE, Checkpoint
 from sdrt.export.controlnet import CONTROLNET_CLASS
+from sdrt.export.tiny_vae import TINY_VAE_CLASS
 
 MAX_BATCH = 63  # torch.export specialises a traced batch at 64
 MAX_LATENT_SIDE = 1024
@@ -250,11 +251,12 @@ def _standardise(layer: Any) -> None:  # noqa: ANN401  (a class that transformer
 
 
 def load_component(checkpoint: Checkpoint, folder: str) -> nn.Module:
-    """The checkpoint's UNet or VAE in float32, as diffusers makes it."""
+    """The checkpoint's UNet or VAE, or the tiny VAE beside it, in float32, as diffusers makes it."""
     import diffusers
 
-    model: nn.Module = getattr(diffusers, COMPONENT_CLASSES[folder]).from_pretrained(
-        checkpoint.path / folder,
+    classes = {**COMPONENT_CLASSES, TINY_VAE: TINY_VAE_CLASS}
+    model: nn.Module = getattr(diffusers, classes[folder]).from_pretrained(
+        checkpoint.folder(folder),
         torch_dtype=torch.float32,
         variant=checkpoint.variant[folder],
         use_safetensors=True,
@@ -477,6 +479,16 @@ COMPONENTS: Mapping[str, ComponentSpec] = {
             dynamic=_depth_dynamic,
             traced_with=(1, 2, 3),
             checked_with=((1, 3, 2),),
+        ),
+        ComponentSpec(
+            name="tiny_vae_decoder",
+            source=TINY_VAE,
+            output="sample",
+            build=lambda checkpoint: VaeDecoder(load_component(checkpoint, TINY_VAE)),
+            examples=_latent_examples,
+            dynamic=_latent_dynamic,
+            traced_with=(2, 2, 3),
+            checked_with=((1, 1, 2), (3, 2, 1)),
         ),
     )
 }

@@ -11,6 +11,7 @@ import msgspec
 from sdrt.cache import Store, cache_key
 from sdrt.export.checkpoint import (
     CONTROLNET,
+    TINY_VAE,
     Checkpoint,
     component_hashes,
     model_record,
@@ -30,6 +31,7 @@ SOURCES = {
     "vae_encoder": "vae",
     "control_embedding": CONTROLNET,
     "depth_estimator": "depth_estimator",
+    "tiny_vae_decoder": TINY_VAE,
 }
 _COPIED = ("tokenizer", "scheduler")
 
@@ -39,6 +41,7 @@ def export_model(
     out: Path,
     *,
     controlnets: Sequence[Path] = (),
+    tiny_vae: Path | None = None,
     golden_size: tuple[int, int] | None = None,
     threads: int | None = None,
     overwrite: bool = False,
@@ -46,15 +49,17 @@ def export_model(
     progress: Progress = silent,
     store: Store | None = None,
 ) -> ExportRecord:
-    """Export a diffusers folder to the layout of `sdrt.exported`, with ControlNets (diffusers folders) in its UNet.
+    """Export a diffusers folder to the layout of `sdrt.exported`.
 
+    controlnets: diffusers folders of ControlNets, which become a part of its UNet. tiny_vae: one of an AutoencoderTiny,
+    whose decoder is exported too.
     golden_size: (height, width) of the reference image, by default the model's own size. A component whose inputs
     did not change comes from the cache, and an unchanged checkpoint never loads PyTorch.
     linked: files may be hard links into the cache. Faster, for a folder that is soon removed; onnx.load refuses them.
     Raises CheckpointError, ExportError, OutputError.
     """
     store = Store() if store is None else store
-    checkpoint = open_checkpoint(model, controlnets)
+    checkpoint = open_checkpoint(model, controlnets, tiny_vae)
     request = golden_request(checkpoint, golden_size)
     record = ExportRecord(
         format_version=EXPORT_FORMAT_VERSION,

@@ -32,7 +32,7 @@ def export_component(checkpoint: Checkpoint, name: str, folder: Path, *, threads
     gc.collect()
     error = check_component(target / "model.onnx", spec.output, expectations, threads=threads)
     save_golden(golden, spec.output, folder / "golden" / f"{name}.npz")
-    shutil.copyfile(checkpoint.config_file(spec.source), target / "config.json")
+    shutil.copyfile(checkpoint.folder(spec.source) / "config.json", target / "config.json")
     return error
 
 

@@ -166,12 +166,22 @@ class DepthEstimation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TinyVaeRecord:
+    """A small decoder beside the VAE's own (diffusers' AutoencoderTiny): the engine `tiny_vae_decoder`."""
+
+    name: str
+    identity: str  # sha256 over its config and weights
+    scaling_factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecord:
     """What the runtime has to know of the checkpoint.
 
     conditioning_channels: how many channels the UNet takes beside the latents'. noise_augmentation: of upscaling.
     depth_estimation: of depth-to-image, where the checkpoint brought a depth estimator. controlnets: the names of those
     in the step graph, in order; control_features: the channels of what they make of their pictures.
+    tiny_vae: built in beside the checkpoint, of whose identity it is no part.
     """
 
     name: str
@@ -192,6 +202,7 @@ class ModelRecord:
     depth_estimation: DepthEstimation | None = None
     controlnets: tuple[str, ...] = ()
     control_features: int = 0
+    tiny_vae: TinyVaeRecord | None = None
 
     @property
     def lanes_per_image(self) -> int:
@@ -420,10 +431,14 @@ def _faults(manifest: Manifest) -> Iterator[str]:
     names = [component.name for component in manifest.components]
     if len(set(names)) != len(names):
         yield "two engines have one name"
-    if manifest.model.depth_estimation is not None and "depth_estimator" not in names:
-        yield "the model estimates depth, and there is no engine depth_estimator"
-    if manifest.model.controlnets and "control_embedding" not in names:
-        yield "the model has ControlNets, and there is no engine control_embedding"
+    model = manifest.model
+    for there, what, needed in (
+        (model.depth_estimation is not None, "estimates depth", "depth_estimator"),
+        (bool(model.controlnets), "has ControlNets", "control_embedding"),
+        (model.tiny_vae is not None, "has a tiny VAE beside it", "tiny_vae_decoder"),
+    ):
+        if there and needed not in names:
+            yield f"the model {what}, and there is no engine {needed}"
     for component in manifest.components:
         if not component.files:
             yield f"the engine {component.name} has no file"
@@ -453,6 +468,7 @@ def _must_be_positive(manifest: Manifest) -> dict[str, float]:
         "state_slots": manifest.state_slots,
         "multiple_of": profile.multiple_of,
         "max_batch": profile.max_batch,
+        **({} if model.tiny_vae is None else {"the tiny VAE's scaling_factor": model.tiny_vae.scaling_factor}),
     }
 
 

@@ -6,6 +6,7 @@ Layout (components as Hugging Face Optimum names them):
     text_encoder/model.onnx (+ model.onnx.data)   input_ids → last_hidden_state (, pooler_output)
     unet/model.onnx                                sample, timestep, encoder_hidden_states → out_sample
     vae_decoder/model.onnx                         latent_sample → sample
+    tiny_vae_decoder/model.onnx                    the same, where a tiny VAE was exported beside the checkpoint's own
     vae_encoder/model.onnx                         sample → latent_parameters
     depth_estimator/model.onnx                     pixel_values → predicted_depth; with
         feature_extractor/preprocessor_config.json, where a depth-to-image checkpoint brought both

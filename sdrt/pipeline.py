@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sdrt._version import VERSION
-from sdrt.bundle import Bundle, JsonValue
+from sdrt.bundle import Bundle, JsonValue, ModelRecord
 from sdrt.conditions import Steering
 from sdrt.controls import control_parameters, steer
 from sdrt.depth import estimate_depth
@@ -22,9 +23,9 @@ from sdrt.guidance import Guidance, guidance_of
 from sdrt.image import from_pixels, to_images
 from sdrt.noise import GENERATORS, TorchGenerator, Variation
 from sdrt.request import Request
-from sdrt.resolution import ResolvedRequest, resolve_request
+from sdrt.resolution import ResolvedRequest, VaeName, resolve_request, resolve_vae
 from sdrt.runners import open_runner
-from sdrt.runners.base import VAE_DECODER_FLOAT32, FloatArray, Runner
+from sdrt.runners.base import TINY_VAE_DECODER, VAE_DECODER_FLOAT32, FloatArray, Runner
 from sdrt.sizes import window_size
 from sdrt.step_batch import Faults, StepBatch, open_batch
 from sdrt.tasks.base import Drawn, Encode, EstimateDepth, Preparation
@@ -116,6 +117,7 @@ class Result:
             "sigmas": _listed(request.sigmas),
             "windowed": request.windowed,
             **control_parameters(request.controls),
+            "vae": request.vae,
             "task": request.task.name,
             **request.task.parameters(),
             **({} if request.hires is None else request.hires.task.parameters()),
@@ -203,6 +205,7 @@ class Pipeline:
         self.float32_decodes = 0  # tiles that the VAE decoded again in float32, because float16 had overflowed
         has_spare = any(component.name == VAE_DECODER_FLOAT32 for component in manifest.components)
         self._spare = Spare(component=VAE_DECODER_FLOAT32, used=self._count_float32_decode) if has_spare else None
+        self._preview_vae: VaeName = "full" if model.tiny_vae is None else "tiny"
         self._tile = tile_for(model.default_height, model.default_width, model.vae_downsample)
 
     @classmethod
@@ -235,8 +238,9 @@ class Pipeline:
     ) -> Generator[StepEvent, None, None]:
         """Draw step by step. The request is checked now; closing the generator stops the work.
 
-        preview: decode the latents after every step, which costs one VAE decode an image each time. latents: put them
-        into every event; without them (and without previews) a GPU need not wait for the host between steps.
+        preview: decode the latents after every step, which costs one VAE decode an image each time: of the tiny VAE, if
+        the bundle has one. latents: put them into every event; without them (and without previews) a GPU need not wait
+        for the host between steps.
         """
         request = self.resolve(as_request(prompt, options))
         return self._run(request, latents=latents or preview, preview=preview)
@@ -274,7 +278,7 @@ class Pipeline:
         def decode(latents: FloatArray) -> Image.Image:
             nonlocal decoding
             decode_began = time.perf_counter()
-            image = self._decode(latents)[0]
+            image = self._decode(latents, request.vae)[0]
             decoding += time.perf_counter() - decode_began
             return image
 
@@ -321,6 +325,7 @@ class Pipeline:
             made_with={
                 "model": manifest.model.name,
                 "model_identity": manifest.model.identity,
+                **_tiny_vae_identity(prepared.request, manifest.model),
                 "backend": manifest.backend.name,
                 "precision": manifest.precision,
                 "sdrt_version": VERSION,
@@ -362,18 +367,22 @@ class Pipeline:
             raise RuntimeError("a task asked for depth of a bundle that estimates none")
         return estimate_depth(self.runner, image, estimation)
 
-    def decode(self, latents: FloatArray) -> tuple[Image.Image, ...]:
-        """The images of scaled latents, float32 [B, C, h, w]. Raises RequestError for another shape or dtype."""
+    def decode(self, latents: FloatArray, *, vae: str | None = None) -> tuple[Image.Image, ...]:
+        """The images of scaled latents, float32 [B, C, h, w]. vae: see `Request`.
+
+        Raises RequestError for another shape or dtype, or a decoder that the bundle does not have.
+        """
         channels = self.bundle.manifest.model.latent_channels
         if latents.ndim != 4 or latents.shape[1] != channels or latents.dtype != np.float32 or 0 in latents.shape:
             raise RequestError(
                 f"latents are {latents.dtype} {list(latents.shape)}", hint=f"give float32 [batch, {channels}, h, w]"
             )
-        return self._decode(latents)
+        return self._decode(latents, resolve_vae(vae, self.bundle.manifest.model))
 
     def draw(self, prepared: Prepared, index: int) -> Image.Image:
         """The image of one finished trajectory. Raises ParityError when a value is not finite."""
-        return prepared.request.passes[-1].task.finish(self._decode(prepared.trajectories[index].latents[None])[0])
+        latents = prepared.trajectories[index].latents[None]
+        return prepared.request.passes[-1].task.finish(self._decode(latents, prepared.request.vae)[0])
 
     def close(self) -> None:
         """Release the engines."""
@@ -432,7 +441,7 @@ class Pipeline:
                 shown = None
                 if preview and now is not None:
                     scale = plan.input_scales[row] if row < len(plan) else 1.0
-                    shown = self._decode(now * np.float32(scale))
+                    shown = self._decode(now * np.float32(scale), self._preview_vae)
                 yield StepEvent(row=before + row, rows=rows, latents=now, preview=shown)
             seconds = [batch.take_seconds() for batch in batches]
             gaps = [gap for batch in batches if (gap := batch.gap_seconds()) is not None]
@@ -508,16 +517,13 @@ class Pipeline:
             if rest
         )
 
-    def _decode(self, latents: FloatArray) -> tuple[Image.Image, ...]:
+    def _decode(self, latents: FloatArray, vae: VaeName) -> tuple[Image.Image, ...]:
         model = self.bundle.manifest.model
-        sample = decode_latents(
-            self.runner,
-            latents,
-            scaling_factor=model.vae_scaling_factor,
-            vae_downsample=model.vae_downsample,
-            tile=self._tile,
-            spare=self._spare,
-        )
+        decode = partial(decode_latents, self.runner, latents, vae_downsample=model.vae_downsample, tile=self._tile)
+        if vae == "tiny" and model.tiny_vae is not None:
+            sample = decode(component=TINY_VAE_DECODER, scaling_factor=model.tiny_vae.scaling_factor)
+        else:
+            sample = decode(scaling_factor=model.vae_scaling_factor, spare=self._spare)
         return tuple(to_images(sample))
 
     def _count_float32_decode(self) -> None:
@@ -580,6 +586,13 @@ def _varied(variation: Variation | None) -> dict[str, JsonValue]:
     if variation is None:
         return {}
     return {"variation_seed": variation.seed, "variation_strength": variation.share}
+
+
+def _tiny_vae_identity(request: ResolvedRequest, model: ModelRecord) -> dict[str, JsonValue]:
+    """Which tiny VAE decoded the image, where one did: it is no part of the model's own identity."""
+    if request.vae != "tiny" or model.tiny_vae is None:
+        return {}
+    return {"tiny_vae_identity": model.tiny_vae.identity}
 
 
 def _listed(values: tuple[float, ...] | None) -> JsonValue:

@@ -47,6 +47,8 @@ class Request:
     too: the noise is what image-to-image draws of it. Above the bundle's sizes it works in windows, unasked.
     windowed: sizes above those of the bundle are worked on in overlapping windows, which are one at every step
     (MultiDiffusion, Bar-Tal et al. 2023, arXiv:2302.08113). Outpainting does so unasked.
+    vae: what decodes the result, "full" unless given; "tiny" is much faster and a little coarser, in bundles that were
+    built with a tiny VAE, which previews use anyway. Images that are encoded go through the full one.
     variation_seed, variation_strength: how far, 0 to 1, each image's noise goes towards that of another seed; image i
     of several is then made with the same seed and goes towards variation_seed + i.
     guidance_rescale: how far the guided output is brought to the deviation of the positive prompt's own, 0 to 1.
@@ -93,5 +95,6 @@ class Request:
     hires_strength: float | None = None
     hires_steps: int | None = None
     windowed: bool = False
+    vae: str | None = None
     variation_seed: int | None = None
     variation_strength: float = 0.0

@@ -5,10 +5,11 @@ import reprlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
-from sdrt.bundle import Manifest
+from sdrt.bundle import Manifest, ModelRecord
 from sdrt.checks import check_finite, check_flag, check_share, check_whole, shown
 from sdrt.controls import Control, check_control_size, resolve_controls, size_of_controls
 from sdrt.errors import RequestError
@@ -27,6 +28,8 @@ from sdrt.tasks.hires import SecondPass, read_second_pass
 MAX_IMAGES = 64
 MAX_STEPS = 1000
 OWN_PLAN = "a plan of one's own"  # in the place of a scheduler's name
+VaeName = Literal["full", "tiny"]
+VAES: tuple[VaeName, ...] = ("full", "tiny")
 MAX_PROMPT_CHARACTERS = 100_000
 
 
@@ -60,6 +63,7 @@ class ResolvedRequest:
     image_guidance_scale: float | None
     windowed: bool
     variations: tuple[Variation | None, ...]
+    vae: VaeName
     controls: tuple[Control, ...] = ()
     composed_prompts: tuple[tuple[str, float], ...] = ()
     places_per_image: int = 1
@@ -170,6 +174,7 @@ def _resolve(request: Request, manifest: Manifest, task: Task) -> ResolvedReques
         controls=controls,
         composed_prompts=composed,
         places_per_image=_resolve_places(composed, manifest),
+        vae=resolve_vae(request.vae, manifest.model),
     )
     if resolved.guided and not resolved.guided_rows:
         raise RequestError(
@@ -331,6 +336,21 @@ def _check_own_plan(request: Request, plan: SamplingPlan, thresholding: Threshol
             f"the plan thresholds at {plan.clamp.ratio}, this bundle's step graph at {ratio}",
             hint="use a scheduler that does as the checkpoint's own; sdrt inspect shows its config",
         )
+
+
+def resolve_vae(name: object, model: ModelRecord) -> VaeName:
+    """What decodes, "full" unless named. Raises RequestError for a decoder that the bundle does not have."""
+    if name == "tiny" and model.tiny_vae is None:
+        raise RequestError(
+            "vae is 'tiny', and this bundle was built without a tiny VAE",
+            hint="build it with: sdrt build MODEL --tiny-vae FOLDER; or let the full one decode",
+        )
+    for known in VAES:
+        if name == known:
+            return known
+    if name is None:
+        return "full"
+    raise RequestError(f"vae is {shown(name)}", hint=f"choose one of: {', '.join(VAES)}")
 
 
 def _resolve_generator(name: object) -> GeneratorName:

@@ -54,13 +54,14 @@ def decode_latents(
     vae_downsample: int,
     tile: int = DEFAULT_TILE,
     progress: Progress = silent,
+    component: str = VAE_DECODER,
     spare: Spare | None = None,
 ) -> FloatArray:
-    """Images from latents.
+    """Images from latents, by the decoder `component`, whose scaling factor it is.
 
     latents: float32 [B, C, h, w], as the sampler leaves them. Returns float32 [B, 3, H, W] in about [-1, 1],
     not clipped. Above `tile` latent pixels a side, tiles of that size are decoded and blended. `progress` is
-    called with (VAE_DECODER, tiles done, tiles in all); what it raises stops the work.
+    called with (component, tiles done, tiles in all); what it raises stops the work.
     spare: what decodes a tile again, when the decoder's own result is not finite.
     Raises ParityError when the latents, or in the end an engine's result, are not finite.
     """
@@ -69,8 +70,8 @@ def decode_latents(
 
     def decode(piece: FloatArray) -> FloatArray:
         if spare is None:
-            return _run_checked(runner, VAE_DECODER, "latent_sample", "sample", piece)
-        sample = runner.run(VAE_DECODER, {"latent_sample": piece})["sample"]
+            return _run_checked(runner, component, "latent_sample", "sample", piece)
+        sample = runner.run(component, {"latent_sample": piece})["sample"]
         if np.isfinite(sample).all():
             return sample
         spare.used()
@@ -78,7 +79,7 @@ def decode_latents(
 
     plan = _TilePlan.of(latents.shape[2:], tile=tile, scale_in=1, scale_out=vae_downsample)
     unscaled = latents / np.float32(scaling_factor)
-    return _tiled(decode, unscaled, plan, channels=3, component=VAE_DECODER, progress=progress)
+    return _tiled(decode, unscaled, plan, channels=3, component=component, progress=progress)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

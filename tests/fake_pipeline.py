@@ -16,6 +16,7 @@ from sdrt.bundle import (
     NoiseAugmentation,
     ParityRecord,
     ShapeProfile,
+    TinyVaeRecord,
 )
 from sdrt.pipeline import Pipeline
 from sdrt.runners.fake import FakeRunner
@@ -40,6 +41,7 @@ def make_manifest(
     sizes: tuple[tuple[int, int], ...] = (),
     task: ModelTask = "text-to-image",
     controlnets: tuple[str, ...] = (),
+    tiny_vae: TinyVaeRecord | None = None,
 ) -> Manifest:
     parity = ParityRecord(metric="max_relative", measured=0.0, bound=1e-3)
     file = FileRecord(path="golden/image.npz", sha256="0" * 64, size_bytes=0)
@@ -66,6 +68,7 @@ def make_manifest(
             noise_augmentation=NoiseAugmentation(scheduler_config=dict(SCHEDULER_CONFIG), max_noise_level=350)
             if task == "upscaling"
             else None,
+            tiny_vae=tiny_vae,
         ),
         backend=BackendRecord(name="openvino", version="0", device="cpu", features=()),
         precision="fp32",

@@ -67,6 +67,14 @@ def build(
         ),
     ] = None,
     batch: Annotated[str, typer.Option(metavar="1..N", help="Images at a time, at most N.")] = "1..4",
+    tiny_vae: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also a small decoder, a diffusers AutoencoderTiny, for previews and `sdrt run --vae tiny`.",
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -100,6 +108,7 @@ def build(
             controlnets=controlnet or (),
             sizes=sizes,
             refit=refit,
+            tiny_vae=tiny_vae,
             threads=threads,
             force=force,
             progress=progress,
@@ -117,6 +126,7 @@ def build_bundle(
     controlnets: Sequence[Path] = (),
     sizes: str | None,
     refit: bool = False,
+    tiny_vae: Path | None = None,
     threads: int | None,
     force: bool,
     progress: Progress,
@@ -141,6 +151,11 @@ def build_bundle(
     flags = [*flags, *thread_flags(threads), *switches]
     check_controlnet_folders(controlnets, folder)
     if is_onnx_folder(folder):
+        if tiny_vae is not None:
+            raise RequestError(
+                f"--tiny-vae is exported with its checkpoint, and {folder} was exported already",
+                hint="name the diffusers folder, or leave --tiny-vae out",
+            )
         run_stage(ENGINES, [str(folder), str(out), *flags], progress)
         return Bundle.open(out), None
     check_diffusers_folder(folder, listed)
@@ -151,8 +166,9 @@ def build_bundle(
     ):
         exported = Path(work) / "onnx"
         size_flags = [] if golden is None else ["--golden-size", f"{golden[0]}x{golden[1]}"]
-        control_flags = [part for each in controlnets for part in ("--controlnet", str(each))]
-        stage_flags = ["--linked", *control_flags, *size_flags, *thread_flags(threads)]
+        stage_flags = ["--linked", *size_flags, *thread_flags(threads)]
+        stage_flags += [part for each in controlnets for part in ("--controlnet", str(each))]
+        stage_flags += [] if tiny_vae is None else ["--tiny-vae", str(tiny_vae)]
         record = run_stage(EXPORT, [str(folder), str(exported), *stage_flags], progress)
         run_stage(ENGINES, [str(exported), str(out), *flags], progress)
     return Bundle.open(out), record.get("peak_bytes")

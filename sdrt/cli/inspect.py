@@ -79,6 +79,7 @@ def _bundle_lines(bundle: "Bundle") -> "list[Text | str]":
         ("tasks", ", ".join(possible_tasks(model))),
         *_control_rows(model),
         *_depth_rows(model),
+        *_tiny_vae_rows(model),
         ("backend", f"{backend.name} {backend.version.split('-')[0]} on {backend.device}{features}"),
         ("precision", manifest.precision),
         ("images", f"{describe_sizes(manifest.profile)}; up to {manifest.profile.max_batch} at a time"),
@@ -114,6 +115,12 @@ def _depth_rows(model: "ModelRecord") -> list[tuple[str, str]]:
         return [("depth", "of a map that the request brings")]
     size = "any size" if estimation.takes is None else f"{estimation.takes[1]}x{estimation.takes[0]}"
     return [("depth", f"of a map that the request brings, else estimated from the image ({size})")]
+
+
+def _tiny_vae_rows(model: "ModelRecord") -> list[tuple[str, str]]:
+    """What decodes previews, and requests that ask for it."""
+    tiny = model.tiny_vae
+    return [] if tiny is None else [("tiny VAE", f"{tiny.name}, {tiny.identity[:12]}")]
 
 
 def _layer_lines(found: "Mapping[str, EngineLayers]") -> "list[Text | str]":

@@ -33,6 +33,7 @@ from sdrt.cli.task_options import (
     PaddingMaskCrop,
     Preserve,
     Strength,
+    Vae,
     Windowed,
 )
 from sdrt.cli.terminal import emit, facts, print_warning, progress_bar, seconds_text
@@ -77,6 +78,7 @@ REQUEST_FIELDS = (
     "hires_strength",
     "hires_steps",
     "windowed",
+    "vae",
     "noise_level",
     "image_guidance_scale",
     "controlnet_conditioning_scale",
@@ -152,6 +154,7 @@ def run(
     hires_strength: HiresStrength = None,
     hires_steps: HiresSteps = None,
     windowed: Windowed = None,
+    vae: Vae = None,
     depth: DepthFile = None,
     noise_level: NoiseLevel = None,
     image_guidance_scale: ImageGuidanceScale = None,
@@ -282,6 +285,7 @@ def run(
         "hires_strength": hires_strength,
         "hires_steps": hires_steps,
         "windowed": windowed,
+        "vae": vae,
         "depth_map": depth,
         "noise_level": noise_level,
         "image_guidance_scale": image_guidance_scale,
@@ -378,6 +382,9 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
             f"the image was made with another model ({remembered.get('model')!r}), so it will not be the same"
         )
     fields = {name: remembered[name] for name in REQUEST_FIELDS if name in remembered} | options
+    decoded_by = remembered.get("tiny_vae_identity")
+    if fields.get("vae") == "tiny" and model.tiny_vae is not None and decoded_by not in (None, model.tiny_vae.identity):
+        print_warning("the image was decoded by another tiny VAE than this bundle's, so it will not be the same")
     for given, overridden in _INSTEAD.items():
         if given in options:
             fields = {name: value for name, value in fields.items() if name not in overridden or name in options}

@@ -168,6 +168,14 @@ HiresSteps = Annotated[
         show_default=False,
     ),
 ]
+Vae = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What decodes: full, or tiny, which is fast, where it was built in. Default: full.",
+        show_default=False,
+    ),
+]
 Windowed = Annotated[
     bool | None,
     typer.Option(

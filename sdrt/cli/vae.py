@@ -9,6 +9,7 @@ import typer
 
 from sdrt.cli.options import AsJson, BundleFolder, Force, Threads, check_outputs, numbered
 from sdrt.cli.run import written_together
+from sdrt.cli.task_options import Vae
 from sdrt.cli.terminal import emit, facts, progress_bar
 from sdrt.errors import RequestError
 
@@ -57,21 +58,24 @@ def decode(
     bundle: BundleFolder,
     latents: Annotated[Path, typer.Argument(metavar="NPY", help="Scaled latents, [B, C, h, w].", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="PNG", help="The image; several become NAME-1.png …")],
+    vae: Vae = None,
     threads: Threads = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Decode scaled latents to an image."""
     from sdrt.bundle import Bundle
+    from sdrt.resolution import resolve_vae
 
     opened, array = Bundle.open(bundle), read_latents(latents)
+    resolve_vae(vae, opened.manifest.model)
     paths = numbered(out, len(array))
     check_outputs(paths, ".png", force=force)
     model = opened.manifest.model
     _check_size(opened, array.shape[2] * model.vae_downsample, array.shape[3] * model.vae_downsample, str(latents))
     with progress_bar() as progress, _pipeline(opened, threads) as pipeline:
         progress("decoding", 0, 1)
-        images = pipeline.decode(array)
+        images = pipeline.decode(array, vae=vae)
     with written_together() as write:
         for index, (image, path) in enumerate(zip(images, paths, strict=True)):
             write(image, path, {"decoded_from": latents.name, "index": index, "model": model.name}, force)

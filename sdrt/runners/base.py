@@ -21,6 +21,7 @@ VAE_ENCODER = "vae_encoder"
 DEPTH_ESTIMATOR = "depth_estimator"
 CONTROL_EMBEDDING = "control_embedding"
 VAE_DECODER_FLOAT32 = "vae_decoder_float32"  # of FP16 bundles: what decodes again when the other one overflows
+TINY_VAE_DECODER = "tiny_vae_decoder"  # of bundles built with one: for previews, and for requests that ask for it
 
 # What a bf16 bundle computes in float32: it runs once a request, and its error would reach every step.
 IN_FLOAT32 = (TEXT_ENCODER, DEPTH_ESTIMATOR, CONTROL_EMBEDDING)
@@ -35,6 +36,7 @@ class Runner(Protocol):
     - `step`: the inputs of the step graph (`docs/architecture.md`) → next_state float32 [R, n, C, h, w]
     - `vae_decoder`: latent_sample float32 [B, C, h, w] → sample float32 [B, 3, H, W] in about [-1, 1]
     - `vae_decoder_float32`: the same, in bundles whose `vae_decoder` is not float32 throughout
+    - `tiny_vae_decoder`: the same, in bundles built with a tiny VAE, divided by that one's scaling factor
     - `vae_encoder`: sample float32 [B, 3, H, W] → latent_parameters float32 [B, 2C, h, w] (mean, log-variance)
     - `depth_estimator`: pixel_values float32 [1, 3, H, W] → predicted_depth float32 [1, H', W'], in bundles whose
       checkpoint brought one

@@ -13,6 +13,7 @@ from sdrt.runners.base import (
     DEPTH_ESTIMATOR,
     STEP,
     TEXT_ENCODER,
+    TINY_VAE_DECODER,
     VAE_DECODER,
     VAE_ENCODER,
     Array,
@@ -107,8 +108,14 @@ class FakeRunner:
         return {"next_state": following.astype(np.float32)}
 
     def _vae_decoder(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
-        _check_feeds("vae_decoder", feeds, {"latent_sample": ("f", (None, 4, None, None))})
-        latents = feeds["latent_sample"][:, [0, 1, 2]].astype(np.float32)
+        return self._decoded(VAE_DECODER, feeds, [0, 1, 2])
+
+    def _tiny_vae_decoder(self, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
+        return self._decoded(TINY_VAE_DECODER, feeds, [1, 2, 3])
+
+    def _decoded(self, component: str, feeds: Mapping[str, Array], channels: list[int]) -> dict[str, FloatArray]:
+        _check_feeds(component, feeds, {"latent_sample": ("f", (None, 4, None, None))})
+        latents = feeds["latent_sample"][:, channels].astype(np.float32)
         larger = latents.repeat(self.downsample, axis=2).repeat(self.downsample, axis=3)
         return {"sample": np.tanh(larger)}
 
@@ -226,6 +233,7 @@ _COMPONENTS: Mapping[str, Callable[[FakeRunner, Mapping[str, Array]], dict[str, 
     TEXT_ENCODER: FakeRunner._text_encoder,
     STEP: FakeRunner._step,
     VAE_DECODER: FakeRunner._vae_decoder,
+    TINY_VAE_DECODER: FakeRunner._tiny_vae_decoder,
     VAE_ENCODER: FakeRunner._vae_encoder,
     CONTROL_EMBEDDING: FakeRunner._control_embedding,
     DEPTH_ESTIMATOR: FakeRunner._depth_estimator,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from sdrt.bundle import Bundle, ComponentRecord
-from sdrt.runners.base import DEPTH_ESTIMATOR, VAE_DECODER, VAE_DECODER_FLOAT32
+from sdrt.runners.base import DEPTH_ESTIMATOR, TINY_VAE_DECODER, VAE_DECODER, VAE_DECODER_FLOAT32
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -19,7 +19,7 @@ def usual_shapes(bundle: Bundle, component: ComponentRecord) -> Shapes | None:
     if len(profile.sizes) != 1 or profile.max_batch != 1 or component.name == DEPTH_ESTIMATOR:
         return None
     height, width = profile.sizes[0]
-    decodes = component.name in (VAE_DECODER, VAE_DECODER_FLOAT32)
+    decodes = component.name in (VAE_DECODER, VAE_DECODER_FLOAT32, TINY_VAE_DECODER)
     if decodes and max(height, width) > max(model.default_height, model.default_width):
         return None
     known = {
