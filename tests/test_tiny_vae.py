@@ -32,6 +32,7 @@ from sdrt.progress import silent
 from sdrt.request import Request
 from sdrt.runners.base import TINY_VAE_DECODER, VAE_DECODER
 from tests.component_source import source_of
+from tests.conftest import run_build
 
 RECORD = TinyVaeRecord(name="fake-tiny", identity="e" * 64, scaling_factor=2.0)
 OPTIONS = {"prompt": "red", "scheduler": "ddim", "num_inference_steps": 4, "seed": 3}
@@ -51,8 +52,8 @@ def make_tiny_vae(folder, seed=0, **config):
 
 
 @pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory):
-    return make_tiny_vae(tmp_path_factory.mktemp("tiny-vae") / "taesd")
+def tiny_vae(made_once):
+    return made_once("taesd", make_tiny_vae)
 
 
 class TestPolicy:
@@ -183,19 +184,16 @@ class TestFolder:
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_checkpoint, tiny_export, tiny_vae, tmp_path_factory):
+def exported(tiny_checkpoint, tiny_export, tiny_vae, made_once):
     """All but the tiny VAE comes from the cache."""
-    target = tmp_path_factory.mktemp("exported") / "onnx"
-    export_model(tiny_checkpoint, target, tiny_vae=tiny_vae)
-    return target
+    return made_once("tiny-vae-onnx", lambda target: export_model(tiny_checkpoint, target, tiny_vae=tiny_vae))
 
 
 @pytest.fixture(scope="module")
-def bundle(exported, tmp_path_factory):
-    target = tmp_path_factory.mktemp("bundles") / "tiny-vae.sdrt"
-    options = BuildOptions(backend="openvino", precision="fp32", sizes="64..128", batch="1..4", threads=1)
-    build_bundle(exported, target, options, silent)
-    return target
+def bundle(exported, tiny_checkpoint, tiny_vae, made_once):
+    """By the command line; the exported components come from the cache."""
+    options = ["--precision", "fp32", "--sizes", "64..128", "--threads", "1", "--tiny-vae", str(tiny_vae)]
+    return made_once("tiny-vae.sdrt", lambda target: run_build(str(tiny_checkpoint), target, *options))
 
 
 @pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -251,7 +249,10 @@ class TestOnEngines:
         )
         pipeline.set_progress_bar_config(disable=True)
         arguments = {"prompt": "a red circle", "num_inference_steps": 3, "height": 64, "width": 96}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # more cost more than such a small network takes
         expected = pipeline(generator=torch.Generator().manual_seed(5), **arguments).images[0]
+        torch.set_num_threads(threads)
         with sdrt.open(bundle, threads=1) as opened:
             made = opened.generate(Request(**arguments, seed=5, vae="tiny")).images[0]
             full = opened.generate(Request(**arguments, seed=5)).images[0]
