@@ -150,6 +150,20 @@ def test_onnxruntime_in_fp16_is_the_mixed_graph_and_nothing_beside_it(tiny_expor
     assert not list((tmp_path / "a.sdrt").rglob("emulated*"))
 
 
+def test_a_network_with_controlnets_and_what_they_see_are_mixed_graphs_too(steered_export, tmp_path):
+    manifest = build_with(steered_export, tmp_path / "a.sdrt", backend="onnxruntime", precision="fp16", sizes="64x64")
+    assert manifest.golden.parity.measured >= manifest.golden.parity.bound == 35
+    found = {component.name: component for component in manifest.components}
+    for name in ("step", "control_embedding"):
+        assert 0 < found[name].parity.measured <= found[name].parity.bound == 1e-2
+        graph = onnx.load(tmp_path / "a.sdrt" / found[name].files[0].path, load_external_data=False).graph
+        halves = {weight.name for weight in graph.initializer if weight.data_type == onnx.TensorProto.FLOAT16}
+        assert any(weight.startswith(("controlnets.1.", "embeddings.1.")) for weight in halves)
+    borders = {spec.name: (spec.dtype, spec.shape) for spec in found["step"].inputs}
+    assert borders["control"] == ("float32", ("requests", 2, 16, "height", "width"))
+    assert borders["control_scales"] == ("float32", ("requests", 2))
+
+
 @pytest.mark.parametrize("changes", [{"backend": "cuda"}, {"precision": "fp8"}, {"sizes": "65x64"}, {"batch": "0"}])
 def test_impossible_options_are_refused_before_anything_is_written(tiny_export, tmp_path, changes):
     with pytest.raises(RequestError):

@@ -95,6 +95,18 @@ def test_shapes_is_built_and_sealed_ahead_of_time(bundle):
 
 
 @without_gpu
+def test_a_network_with_controlnets_is_built_and_sealed_ahead_of_time(python, steered_export, tmp_path):
+    manifest = built(python, steered_export, tmp_path / "a.sdrt", "--sizes", "64x64", "--batch", "1")
+    assert manifest["model"]["controlnets"] == ["rgb", "bgr"]
+    assert manifest["golden"]["parity"]["measured"] >= 35
+    found = {component["name"]: component for component in manifest["components"]}
+    for name in ("step", "control_embedding"):
+        assert 0 < found[name]["parity"]["measured"] <= found[name]["parity"]["bound"] == 1e-2
+        assert [Path(file["path"]).name for file in found[name]["files"]] == ["model.engine"]
+    assert {"control", "control_scales"} <= {spec["name"] for spec in found["step"]["inputs"]}
+
+
+@without_gpu
 def test_engines_to_refit_are_refused_before_any_work_where_there_is_no_gpu(python, tmp_path):
     done = sdrt(python, "build", "shapes", "--out", tmp_path / "x.sdrt", "--backend", "tensorrt", "--refit")
     assert done.returncode == 1
