@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sdrt.cli.options import model_folder
 from sdrt.errors import CheckpointError
 from sdrt.models.shapes.variants import VARIANTS, variant_checkpoint
 
@@ -64,6 +65,19 @@ def test_a_variant_that_was_not_trained_is_an_error_that_says_how_to(tmp_path, m
     with pytest.raises(CheckpointError) as caught:
         variant_checkpoint("sketch", tmp_path)
     assert "train_variants --only sketch" in caught.value.hint
+
+
+def test_the_command_line_knows_them_by_name_and_puts_each_together_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDRT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    folder = model_folder("shapes-inpaint")
+    made = (folder / "model_index.json").stat().st_mtime_ns
+    assert model_folder("shapes-inpaint") == folder
+    assert (folder / "model_index.json").stat().st_mtime_ns == made
+    with pytest.raises(CheckpointError, match="no variant 'nothing'"):
+        model_folder("shapes-nothing")
+    (tmp_path / "shapes-mine").mkdir()
+    assert model_folder("shapes-mine") == Path("shapes-mine")
 
 
 @pytest.mark.parametrize("name", PARTS)

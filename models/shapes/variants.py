@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+from sdrt.bundle import JsonValue
+from sdrt.cache import cache_key
 from sdrt.errors import CheckpointError
 from sdrt.files import staged_directory
 
@@ -41,22 +43,29 @@ VARIANTS = {
 }
 
 
+def variant_key(name: str) -> str:
+    """What tells a variant's folder from that of other weights. Raises CheckpointError as `variant_checkpoint` does."""
+    models, own = _folders(name)
+    stamps: list[JsonValue] = []
+    for root in (models / "checkpoint", own):
+        files = (path for path in sorted(root.rglob("*")) if path.is_file())
+        stamps += [[path.relative_to(models).as_posix(), *_stamp(path)] for path in files]
+    return cache_key(variant=name, files=stamps)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def variant_checkpoint(name: str, into: Path) -> Path:
     """Write the whole diffusers folder of a variant to `into`/`name`, replacing one that is there; returns it.
 
     The ControlNet's folder ("edges") holds that model alone. Raises CheckpointError for a name that is not in
     VARIANTS and for weights that are not there.
     """
-    if name not in VARIANTS:
-        raise CheckpointError(f"shapes has no variant {name!r}", hint=f"there are: {', '.join(VARIANTS)}")
-    variant, models = VARIANTS[name], Path(str(files("sdrt.models.shapes")))
-    base, own = models / "checkpoint", models / name
-    if not own.is_dir():
-        raise CheckpointError(
-            f"the weights of shapes' variant {name!r} are not there",
-            hint="a clone of sdrt has them and an installed wheel has not; or train them: "
-            f"python -m sdrt.models.shapes.train_variants --only {name}",
-        )
+    models, own = _folders(name)
+    variant, base = VARIANTS[name], models / "checkpoint"
     into.mkdir(parents=True, exist_ok=True)
     with staged_directory(into / name, overwrite=True, durable=False) as folder:
         if variant.pipeline is not None:
@@ -66,6 +75,20 @@ def variant_checkpoint(name: str, into: Path) -> Path:
             (folder / "model_index.json").write_text(json.dumps(_index(name, variant, index), indent=2) + "\n")
         shutil.copytree(own, folder, dirs_exist_ok=True)
     return into / name
+
+
+def _folders(name: str) -> tuple[Path, Path]:
+    """(the folder of all models, that of what is the variant's own)."""
+    if name not in VARIANTS:
+        raise CheckpointError(f"shapes has no variant {name!r}", hint=f"there are: {', '.join(VARIANTS)}")
+    models = Path(str(files("sdrt.models.shapes")))
+    if not (models / name).is_dir():
+        raise CheckpointError(
+            f"the weights of shapes' variant {name!r} are not there",
+            hint="a clone of sdrt has them and an installed wheel has not; or train them: "
+            f"python -m sdrt.models.shapes.train_variants --only {name}",
+        )
+    return models, models / name
 
 
 def _index(name: str, variant: Variant, base: dict[str, object]) -> dict[str, object]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sdrt.cli.options import AsJson, Force, Size, model_folder, parse_size
+from sdrt.cli.options import AsJson, Force, Size, controlnet_folder, model_folder, parse_size
 from sdrt.cli.stages import ENGINES, EXPORT, check_installed, run_stage
 from sdrt.cli.terminal import emit, facts, progress_bar, seconds_text, size_text, table, title
 from sdrt.errors import BuildError, CheckpointError, RequestError
@@ -105,7 +105,7 @@ def build(
             model,
             out,
             flags,
-            controlnets=controlnet or (),
+            controlnets=[controlnet_folder(each) for each in controlnet or ()],
             sizes=sizes,
             refit=refit,
             tiny_vae=tiny_vae,

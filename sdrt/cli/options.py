@@ -26,6 +26,7 @@ BundleFolder: TypeAlias = Annotated[
 Size: TypeAlias = tuple[int, int]
 
 EMBEDDED = "shapes"
+EMBEDDED_CONTROLNET = "shapes-edges"
 _SIZE = re.compile(r"([0-9]{1,6})[xX]([0-9]{1,6})")
 
 
@@ -67,13 +68,31 @@ def check_outputs(paths: Sequence[Path], suffix: str, *, force: bool) -> None:
 
 
 def model_folder(model: str) -> Path:
-    """The folder of MODEL: a path, or the embedded model under its name. Raises CheckpointError."""
+    """The folder of MODEL: a path, or the embedded model or one of its variants by name. Raises CheckpointError."""
     if model == EMBEDDED:
         return _embedded_folder()
+    if (variant := model.removeprefix(f"{EMBEDDED}-")) != model and not Path(model).exists():
+        return _variant_folder(variant)
     folder = Path(model)
     if not folder.exists():
-        raise CheckpointError(f"there is no model at {model}", hint="check the path, or use the embedded model: shapes")
+        raise CheckpointError(
+            f"there is no model at {model}", hint=f"check the path, or use the embedded model: {EMBEDDED}"
+        )
     return folder
+
+
+def controlnet_folder(path: Path) -> Path:
+    """A ControlNet's folder: a path as it is, or that of the embedded model under its name, shapes-edges."""
+    return path if path.exists() or str(path) != EMBEDDED_CONTROLNET else model_folder(str(path))
+
+
+def _variant_folder(name: str) -> Path:
+    """A variant of the embedded model, put together in the build cache unless it is there."""
+    from sdrt.cache import default_cache_root
+    from sdrt.models.shapes.variants import variant_checkpoint, variant_key
+
+    root = default_cache_root() / "models" / variant_key(name)
+    return root / name if (root / name).is_dir() else variant_checkpoint(name, root)
 
 
 def _embedded_folder() -> Path:

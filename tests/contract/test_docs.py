@@ -43,11 +43,10 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def desk(tmp_path_factory: pytest.TempPathFactory, shapes_bundle: Path) -> Path:
-    """A folder as a reader of the README would have it: the bundle, a checkpoint and a ControlNet of their own."""
+    """A folder as a reader of the README would have it: the bundle, a checkpoint and a picture of their own."""
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(shapes_bundle, folder / "shapes.sdrt")
     shutil.copytree(ROOT / "models" / "shapes" / "checkpoint", folder / "my-model")
-    shutil.copytree(ROOT / "models" / "shapes" / "edges", folder / "models" / "shapes" / "edges")
     case = next(iter(task_cases("edges", 1)))
     Image.fromarray(case.edges).save(folder / "edges.png")
     return folder
