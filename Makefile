@@ -10,7 +10,7 @@ GPU_OUT ?= build/gpu-check
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format oracle kernels train-shapes train-variants score-shapes score-variants bench-host bench-sd15 bench-sd15-aot bench-tasks gpu-check gpu-kit clean
+.PHONY: help setup demo test check format oracle gallery kernels train-shapes train-variants score-shapes score-variants bench-host bench-sd15 bench-sd15-aot bench-tasks gpu-check gpu-kit clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -42,8 +42,11 @@ check: $(STAMP)  ## lint, format, types, import contracts
 	cd $(TREE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p sdrt
 	cd $(TREE) && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 
+gallery: $(STAMP)  ## draw the pictures of docs/gallery.md with its commands
+	$(BIN)/python -m sdrt.models.shapes.gallery --work build/gallery --out docs/pictures/gallery.png
+
 oracle: $(STAMP)  ## schedulers and tasks with every option against diffusers; writes docs/schedulers.md
-	$(BIN)/python -m pytest -m exhaustive tests/oracle
+	$(BIN)/python -m pytest -m exhaustive tests
 	$(BIN)/python -m tests.oracle.scheduler_table docs/schedulers.md
 
 bench-host: $(STAMP)  ## what a plan costs, and a step beside the engines

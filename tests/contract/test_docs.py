@@ -2,7 +2,8 @@
 
 Blocks fenced as ```python run as they stand; blocks fenced as ```sh run line by line. A line that starts
 with `make` or `pip install` is checked against the Makefile or the package's extras instead of run, because
-this very test is part of `make test`. `shapes` is built once, and the documents' file names are real there.
+this very test is part of `make test`. `shapes` is built once, and the documents' file names are real there. What takes
+minutes is run by `make oracle`: the gallery's page, and the lines about a bundle of a kind of its own.
 """
 
 import re
@@ -16,11 +17,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sdrt.models.shapes import gallery
 from sdrt.models.shapes.task_cases import task_cases
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 DOCUMENTS += [ROOT / "models" / "shapes" / "README.md"]
+SLOW = ("steered.sdrt",)
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -33,12 +36,15 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return found
 
 
-def commands() -> list[tuple[str, str]]:
+def commands(*, slow: bool) -> list[tuple[str, str]]:
+    """(where, line) of every command but the gallery's; slow: those of the bundles in SLOW, or all others."""
     lines = []
     for name, block in blocks("sh"):
+        if "gallery" in name:
+            continue
         joined = block.replace("\\\n", " ")
         lines += [(name, line.split("  #")[0].strip()) for line in joined.splitlines() if line.strip()]
-    return lines
+    return [(name, line) for name, line in lines if any(bundle in line for bundle in SLOW) is slow]
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +75,23 @@ def test_python_blocks_run(name, code, desk):
 
 @pytest.mark.timeout(900)  # many commands, builds among them
 def test_shell_lines_run(desk, tensorrt_python):
-    lines = commands()
+    run_lines(commands(slow=False), desk, tensorrt_python)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+def test_slow_shell_lines_run(desk, tensorrt_python):
+    run_lines(commands(slow=True), desk, tensorrt_python)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1800)
+def test_the_gallery_is_drawn_by_its_pages_commands(tmp_path):
+    assert gallery.main(["--work", str(tmp_path / "work"), "--out", str(tmp_path / "gallery.png")]) == 0
+    assert Image.open(tmp_path / "gallery.png").width > 500
+
+
+def run_lines(lines: list[tuple[str, str]], desk: Path, tensorrt_python: Path) -> None:
     assert lines
     for name, line in lines:
         if line.startswith("make "):
