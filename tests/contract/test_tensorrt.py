@@ -94,6 +94,7 @@ def test_shapes_is_built_and_sealed_ahead_of_time(bundle):
         assert [Path(file["path"]).name for file in component["files"]] == ["model.engine"]
 
 
+@pytest.mark.exhaustive  # six engines: a minute
 @without_gpu
 def test_a_network_with_controlnets_is_built_and_sealed_ahead_of_time(python, steered_export, tmp_path):
     manifest = built(python, steered_export, tmp_path / "a.sdrt", "--sizes", "64x64", "--batch", "1")

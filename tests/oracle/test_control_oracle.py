@@ -157,6 +157,7 @@ def test_inpainting_with_any_network(pipeline, reference, width, height, strengt
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(900)  # a checkpoint of its own is exported
 @pytest.mark.parametrize("strength", [1.0, 0.7])
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_inpainting_with_a_network_that_sees_the_mask(inpainting, width, height, strength):
@@ -164,10 +165,12 @@ def test_inpainting_with_a_network_that_sees_the_mask(inpainting, width, height,
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(900)  # a build of the embedded model
 def test_the_embedded_model_with_its_controlnet(tmp_path):
     from sdrt.models.shapes.task_cases import task_cases
 
-    run_build("shapes", tmp_path / "edges.sdrt", "--precision", "fp32", "--controlnet", str(MODELS / "edges"))
+    options = ("--precision", "fp32", "--sizes", "128x128", "--batch", "1..2", "--controlnet", str(MODELS / "edges"))
+    run_build("shapes", tmp_path / "edges.sdrt", *options)
     theirs = reference_of("StableDiffusionControlNetPipeline", MODELS / "checkpoint", [MODELS / "edges"])
     with sdrt.open(tmp_path / "edges.sdrt") as pipeline:
         for case in task_cases("edges", 2):
