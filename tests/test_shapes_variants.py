@@ -14,6 +14,7 @@ MODELS = Path(__file__).parent.parent / "models" / "shapes"
 PARTS = {
     "inpaint": {"scheduler", "text_encoder", "tokenizer", "unet", "vae"},
     "depth": {"scheduler", "text_encoder", "tokenizer", "unet", "vae"},
+    "upscale": {"low_res_scheduler", "scheduler", "text_encoder", "tokenizer", "unet", "vae"},
 }
 LIMIT_BYTES = 40_000_000
 
@@ -32,7 +33,7 @@ def test_a_variant_has_every_component_of_its_index(name, tmp_path):
     assert index["_class_name"] == VARIANTS[name].pipeline
 
 
-@pytest.mark.parametrize(("name", "channels"), [("inpaint", 9), ("depth", 5)])
+@pytest.mark.parametrize(("name", "channels"), [("inpaint", 9), ("depth", 5), ("upscale", 7)])
 def test_a_variants_unet_is_its_own_and_the_text_encoder_the_checkpoints(name, channels, tmp_path):
     folder = variant_checkpoint(name, tmp_path)
     assert json.loads((folder / "unet" / "config.json").read_text())["in_channels"] == channels
@@ -86,7 +87,7 @@ def test_diffusers_opens_a_variant_with_the_pipeline_of_its_index(name, tmp_path
     pipeline_class = getattr(diffusers, VARIANTS[name].pipeline)
     absent = {"depth_estimator": None, "feature_extractor": None} if name == "depth" else {}
     pipeline = pipeline_class.from_pretrained(variant_checkpoint(name, tmp_path), **absent)
-    assert pipeline.unet.config.in_channels == {"inpaint": 9, "depth": 5}[name]
+    assert pipeline.unet.config.in_channels == {"inpaint": 9, "depth": 5, "upscale": 7}[name]
     assert pipeline.vae.config.scaling_factor == 1.0
 
 
