@@ -31,7 +31,7 @@ demo: $(STAMP)  ## build the embedded model, draw with it, compare with PyTorch:
 	$(BIN)/sdrt bench demo/shapes.sdrt --baseline shapes --suite shapes --out demo/report --threads $(THREADS) --force
 
 test: check  ## everything that CI runs: check, then the tests
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --durations=40
 
 check: $(STAMP)  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

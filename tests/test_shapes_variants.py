@@ -88,7 +88,7 @@ def test_diffusers_opens_a_variant_with_the_pipeline_of_its_index(name, tmp_path
     absent = {"depth_estimator": None, "feature_extractor": None} if name == "depth" else {}
     pipeline = pipeline_class.from_pretrained(variant_checkpoint(name, tmp_path), **absent)
     assert pipeline.unet.config.in_channels == {"inpaint": 9, "depth": 5, "upscale": 7}[name]
-    assert pipeline.vae.config.scaling_factor == 1.0
+    assert pipeline.vae.config.scaling_factor == (0.08333 if name == "upscale" else 1.0)
 
 
 def test_new_inputs_count_for_nothing_before_training():

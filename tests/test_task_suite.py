@@ -183,8 +183,9 @@ def test_full_size_is_that_of_the_published_model(subject):
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_a_small_checkpoint_is_one_of_its_task_and_its_pipeline_draws_the_case(checkpoints, tmp_path, task):
     checkpoint = open_checkpoint(checkpoints / task.subject)
-    (kind,) = (kind for kind in KINDS if kind.name == task.task)
-    assert checkpoint.task in kind.models
+    kinds = [kind for kind in KINDS if kind.name == task.task]
+    assert kinds
+    assert all(checkpoint.task in kind.models for kind in kinds)
     case = case_of(task, "small", tmp_path, steps=2)
     picture, timings = load_pipeline(str(checkpoint.path), PIPELINES[task.task], threads=1)(case.arguments())
     assert picture.shape == (64, 64, 3)

@@ -23,7 +23,7 @@ from sdrt.models.shapes.task_cases import task_cases
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 DOCUMENTS += [ROOT / "models" / "shapes" / "README.md"]
-SLOW = ("steered.sdrt",)
+SLOW = ("steered.sdrt", "my-model-gpu.sdrt")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
