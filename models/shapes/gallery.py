@@ -43,7 +43,6 @@ ENTRIES = (
     Entry(title="depth-to-image", given=("depth.png",), drawn="depth-to-image.png"),
     Entry(title="ControlNet (edges)", given=("edges.png",), drawn="controlnet.png"),
     Entry(title="two passes", given=(), drawn="two-passes.png"),
-    Entry(title="composed prompts", given=(), drawn="composed.png"),
 )
 
 
@@ -87,7 +86,7 @@ def run_commands(folder: Path) -> None:
 
 
 def make_sheet(folder: Path) -> Image.Image:
-    """All entries, each with its title, what was given, an arrow and what was drawn."""
+    """All entries, each with its title, what was given and what was drawn."""
     widest = max(len(entry.given) for entry in ENTRIES) + 1
     width, height = widest * (CELL + GAP) + GAP, CELL + TITLE + GAP
     rows = -(-len(ENTRIES) // COLUMNS)
@@ -97,7 +96,8 @@ def make_sheet(folder: Path) -> Image.Image:
         column, row = index // rows, index % rows
         left, top = column * width + GAP, row * height + GAP
         names = " + ".join(Path(name).stem for name in entry.given)
-        pen.text((left, top), f"{entry.title}:  {names} → picture" if names else entry.title, fill="black", font=font)
+        title = f"{entry.title}, given {names}" if names else entry.title
+        pen.text((left, top), title, fill="black", font=font)
         for place, name in enumerate((*entry.given, entry.drawn)):
             picture = _fitted(Image.open(folder / name).convert("RGB"))
             corner = (left + place * (CELL + GAP), top + TITLE)
