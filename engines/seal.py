@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +13,9 @@ from sdrt.bundle import Bundle, ParityRecord, Precision
 from sdrt.engines.step_graph import CLASS_LABELS, CONTROL, CONTROL_SCALES, PROMPT_EMBEDS, SAMPLE, TIMESTEP
 from sdrt.errors import BuildError, ParityError
 from sdrt.exported import GoldenRequest
-from sdrt.golden import golden_fields
+from sdrt.golden import request_of
 from sdrt.parity import image_parity, max_relative, meets
 from sdrt.pipeline import Pipeline
-from sdrt.request import Request
 from sdrt.runners.base import (
     CONTROL_EMBEDDING,
     DEPTH_ESTIMATOR,
@@ -175,26 +173,7 @@ def step_feeds(inputs: Mapping[str, Array], slots: int, channels: int) -> dict[s
 
 def make_image(bundle: Bundle, runner: Runner, request: GoldenRequest) -> npt.NDArray[np.uint8]:
     """The golden request's image as this runtime makes it, uint8 [H, W, 3]."""
-    model = bundle.manifest.model
-    brought: Mapping[str, Any] = golden_fields(
-        model.task,
-        request.height,
-        request.width,
-        model.vae_downsample,
-        estimates_depth=model.depth_estimation is not None,
-        controls=len(model.controlnets),
-    )
-    result = Pipeline(bundle, runner).generate(
-        Request(
-            prompt=request.prompt,
-            seed=request.seed,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            height=request.height,
-            width=request.width,
-            **brought,
-        )
-    )
+    result = Pipeline(bundle, runner).generate(request_of(request, bundle.manifest.model))
     return np.asarray(result.images[0], np.uint8)
 
 

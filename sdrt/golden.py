@@ -1,17 +1,41 @@
-"""What golden requests bring beside their text: pictures that are the same on every machine, for each kind of model."""
+"""Golden requests, and what they bring beside their text: the same pictures on every machine for each kind of model."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sdrt.bundle import ModelTask
+from sdrt.bundle import GoldenRecord, ModelRecord, ModelTask
+from sdrt.exported import GoldenRequest
+from sdrt.request import Request
 
 NOISE_LEVEL = 20
 IMAGE_GUIDANCE_SCALE = 1.5
 STRENGTH = 0.8
 CONTROL_SCALE = 0.75
+
+
+def request_of(golden: GoldenRequest | GoldenRecord, model: ModelRecord) -> Request:
+    """The request that a golden image answers, for the runtime."""
+    brought: Mapping[str, Any] = golden_fields(
+        model.task,
+        golden.height,
+        golden.width,
+        model.vae_downsample,
+        estimates_depth=model.depth_estimation is not None,
+        controls=len(model.controlnets),
+    )
+    return Request(
+        prompt=golden.prompt,
+        seed=golden.seed,
+        num_inference_steps=golden.num_inference_steps,
+        guidance_scale=golden.guidance_scale,
+        height=golden.height,
+        width=golden.width,
+        **brought,
+    )
 
 
 def golden_fields(

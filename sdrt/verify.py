@@ -2,19 +2,16 @@
 
 import time
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from sdrt.bundle import Bundle, GoldenRecord, ParityRecord, verify_files, write_manifest
 from sdrt.errors import BundleError, ParityError
-from sdrt.golden import golden_fields
+from sdrt.golden import request_of
 from sdrt.parity import Pixels, image_parity, meets
 from sdrt.pipeline import Pipeline
 from sdrt.progress import Progress, silent
-from sdrt.request import Request
 from sdrt.runners import open_runner
 from sdrt.runners.providers import choose_provider
 
@@ -96,24 +93,7 @@ def _draw(
     bundle: Bundle, golden: GoldenRecord, threads: int | None, provider: str | None, progress: Progress
 ) -> Pixels:
     progress("loading the engines", 0, 1)
-    model = bundle.manifest.model
-    brought: Mapping[str, Any] = golden_fields(
-        model.task,
-        golden.height,
-        golden.width,
-        model.vae_downsample,
-        estimates_depth=model.depth_estimation is not None,
-        controls=len(model.controlnets),
-    )
-    request = Request(
-        prompt=golden.prompt,
-        seed=golden.seed,
-        num_inference_steps=golden.num_inference_steps,
-        guidance_scale=golden.guidance_scale,
-        height=golden.height,
-        width=golden.width,
-        **brought,
-    )
+    request = request_of(golden, bundle.manifest.model)
     with Pipeline(bundle, open_runner(bundle, threads=threads, provider=provider)) as pipeline:
         for event in pipeline.stream(request, latents=False):
             progress("golden image", event.row, event.rows)

@@ -23,6 +23,18 @@ def drawn(pipeline, request):
     return pipeline.generate(request).latents
 
 
+def counted_lanes(pipeline):
+    """A list that grows by the lanes of each step that the pipeline runs."""
+    lanes = []
+
+    def count(name, feeds):
+        if name == "step":
+            lanes.append(len(feeds["lane_request"]))
+
+    pipeline.runner.before = count
+    return lanes
+
+
 def test_the_same_prompt_twice_is_guided_by_the_sum_of_both_weights(fake):
     twice = replace(REQUEST, composed_prompts=[(REQUEST.prompt, 0.5)])
     once = replace(REQUEST, composed_prompts=None, guidance_scale=6.0)
@@ -58,10 +70,7 @@ def test_in_a_mixed_batch_it_is_what_it_is_alone_and_takes_the_room_of_its_lanes
     plain = replace(REQUEST, composed_prompts=None, seed=9)
     with fake() as pipeline:
         most = pipeline.bundle.manifest.profile.max_batch
-        lanes = []
-        pipeline.runner.before = lambda name, feeds: (
-            lanes.append(len(feeds["lane_request"])) if name == "step" else None
-        )
+        lanes = counted_lanes(pipeline)
         with Batcher(pipeline) as batcher:
             tickets = [batcher.submit(request) for request in (REQUEST, *[plain] * most, REQUEST)]
             results = [ticket.result(60) for ticket in tickets]
@@ -74,10 +83,7 @@ def test_in_a_mixed_batch_it_is_what_it_is_alone_and_takes_the_room_of_its_lanes
 def test_several_images_go_through_the_engines_as_the_lanes_allow(fake):
     with fake() as pipeline:
         most = pipeline.bundle.manifest.profile.max_batch
-        lanes = []
-        pipeline.runner.before = lambda name, feeds: (
-            lanes.append(len(feeds["lane_request"])) if name == "step" else None
-        )
+        lanes = counted_lanes(pipeline)
         many = pipeline.generate(replace(REQUEST, num_images_per_prompt=most)).latents
         assert max(lanes) <= 2 * most
         np.testing.assert_array_equal(many[:1], drawn(pipeline, REQUEST))

@@ -39,7 +39,7 @@ def bench(
     ] = None,
     scale: Annotated[
         Literal["full", "small"] | None,
-        typer.Option(help="Of --suite tasks: small is a trial of seconds. Default: full.", show_default=False),
+        typer.Option(help="Of --suite tasks: small is a trial of minutes. Default: full.", show_default=False),
     ] = None,
     work: Annotated[
         Path | None,
