@@ -1,6 +1,7 @@
 """The task variants of `shapes` are whole diffusers folders."""
 
 import json
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_new_inputs_count_for_nothing_before_training():
     assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_what_is_given_to_inpaint_is_what_diffusers_gives():
+def test_what_is_given_to_inpaint_is_what_diffusers_gives(monkeypatch):
     torch = pytest.importorskip("torch")
     from diffusers import AutoencoderKL
     from diffusers.image_processor import VaeImageProcessor
@@ -115,6 +116,7 @@ def test_what_is_given_to_inpaint_is_what_diffusers_gives():
     from sdrt.models.shapes.task_cases import task_cases
     from sdrt.models.shapes.train_variants import Base, masked_condition, stack
 
+    monkeypatch.setattr("sdrt.models.shapes.train.mixed_precision", nullcontext)  # bf16 on processors that have it
     vae = AutoencoderKL.from_pretrained(MODELS / "checkpoint" / "vae").float().eval()
     case = next(iter(islice(task_cases("inpaint", 3), 2, 3)))
     base = Base(vae=vae, text_encoder=None, tokenizer=None, unet=None)
