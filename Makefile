@@ -10,7 +10,7 @@ GPU_OUT ?= build/gpu-check
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format oracle gallery kernels train-shapes train-variants score-shapes score-variants bench-host bench-sd15 bench-sd15-aot bench-tasks gpu-check gpu-kit clean
+.PHONY: help setup demo test check format oracle gallery kernels train-shapes train-variants score-shapes score-tasks bench-host bench-sd15 bench-sd15-aot bench-tasks gpu-check gpu-kit clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -68,9 +68,9 @@ train-shapes: $(STAMP)  ## train the embedded model anew (about 100 minutes on 2
 train-variants: $(STAMP)  ## fine-tune the embedded model's task variants anew
 	$(BIN)/python -m sdrt.models.shapes.train_variants --work build/shapes-variants
 
-score-variants: $(STAMP)  ## do the task variants do their tasks? 100 cases each, in PyTorch
-	mkdir -p build
-	$(BIN)/python -m sdrt.models.shapes.score_variants --cases 100 --out build/variants-score.json
+score-tasks: $(STAMP)  ## does every task do what its name promises? 100 held-out cases each
+	mkdir -p benchmarks/results
+	$(BIN)/python -m sdrt.benchmarks.score_tasks --cases 100 --threads $(THREADS) --out benchmarks/results/tasks-score.json
 
 score-shapes: $(STAMP)  ## does the embedded model draw what its captions say? 500 captions, here and in PyTorch
 	mkdir -p benchmarks/results build

@@ -74,14 +74,14 @@ def test_python_blocks_run(name, code, desk):
 
 
 @pytest.mark.timeout(900)  # many commands, builds among them
-def test_shell_lines_run(desk, tensorrt_python):
-    run_lines(commands(slow=False), desk, tensorrt_python)
+def test_shell_lines_run(desk):
+    run_lines(commands(slow=False), desk)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_slow_shell_lines_run(desk, tensorrt_python):
-    run_lines(commands(slow=True), desk, tensorrt_python)
+    run_lines(commands(slow=True), desk, **beside(tensorrt_python))
 
 
 @pytest.mark.exhaustive
@@ -91,7 +91,8 @@ def test_the_gallery_is_drawn_by_its_pages_commands(tmp_path):
     assert Image.open(tmp_path / "gallery.png").width > 500
 
 
-def run_lines(lines: list[tuple[str, str]], desk: Path, tensorrt_python: Path) -> None:
+def run_lines(lines: list[tuple[str, str]], desk: Path, **gpu_variables: str) -> None:
+    """gpu_variables: of the environment of the commands for TensorRT bundles."""
     assert lines
     for name, line in lines:
         if line.startswith("make "):
@@ -101,7 +102,7 @@ def run_lines(lines: list[tuple[str, str]], desk: Path, tensorrt_python: Path) -
             continue
         else:
             assert line.startswith("sdrt "), f"{name}: this test does not know how to run {line!r}"
-            done = run_in(desk, line, **(beside(tensorrt_python) if "-gpu" in line else {}))
+            done = run_in(desk, line, **(gpu_variables if "-gpu" in line else {}))
         assert done.returncode == 0, f"{name}: {line}\n{done.stdout}\n{done.stderr}"
 
 
