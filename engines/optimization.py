@@ -20,7 +20,7 @@ from sdrt.runners.base import (
     VAE_ENCODER,
 )
 from sdrt.step_border import ALL_STEP_INPUTS
-from sdrt.vae import tile_for
+from sdrt.vae import largest_tile
 
 HOT_SIZES = 4  # sizes of a list that get a profile of their own; each costs building time and engine size
 # What each dimension of each input is; exporters name them as they like.
@@ -120,12 +120,11 @@ def _sides(
 def _vae_ranges(source: ComponentSource) -> dict[str, Range]:
     """From one latent pixel to the largest tile; the encoder's sides are in pixels."""
     profile, factor = source.profile, source.vae_downsample
-    tile = tile_for(source.default_height, source.default_width, factor)
     fine = factor if source.name == VAE_ENCODER else 1
     ranges = {"batch": _fixed(1)}
     own = (source.default_height, source.default_width)
-    for name, preferred, largest in zip(("height", "width"), own, profile.maximum, strict=True):
-        most = min(tile, largest // factor)
+    tile = largest_tile(own, profile.maximum, factor)
+    for name, preferred, most in zip(("height", "width"), own, tile, strict=True):
         ranges[name] = Range(minimum=fine, optimum=min(preferred // factor, most) * fine, maximum=most * fine)
     return ranges
 

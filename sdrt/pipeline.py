@@ -26,14 +26,14 @@ from sdrt.request import Request
 from sdrt.resolution import ResolvedRequest, VaeName, resolve_request, resolve_vae
 from sdrt.runners import open_runner
 from sdrt.runners.base import TINY_VAE_DECODER, VAE_DECODER_FLOAT32, FloatArray, Runner
-from sdrt.sizes import window_size
+from sdrt.sizes import check_vae_size, window_size
 from sdrt.step_batch import Faults, StepBatch, open_batch
 from sdrt.tasks.base import Drawn, Encode, EstimateDepth, Preparation
 from sdrt.tasks.pictures import pixels_sha256
 from sdrt.text import PromptEncoder
 from sdrt.tokenizer import Tokenizer
 from sdrt.trajectory import Trajectory, start_trajectory
-from sdrt.vae import Posterior, Spare, decode_latents, encode_posterior, tile_for
+from sdrt.vae import Posterior, Spare, decode_latents, encode_posterior, largest_tile
 from sdrt.windows import Windows, windows_over
 
 Given = TypeVar("Given")
@@ -206,7 +206,8 @@ class Pipeline:
         has_spare = any(component.name == VAE_DECODER_FLOAT32 for component in manifest.components)
         self._spare = Spare(component=VAE_DECODER_FLOAT32, used=self._count_float32_decode) if has_spare else None
         self._preview_vae: VaeName = "full" if model.tiny_vae is None else "tiny"
-        self._tile = tile_for(model.default_height, model.default_width, model.vae_downsample)
+        usual = (model.default_height, model.default_width)
+        self._tile = largest_tile(usual, manifest.profile.maximum, model.vae_downsample)
 
     @classmethod
     def open(cls, path: Path | str, *, threads: int | None = None, provider: str | None = None) -> Self:
@@ -337,13 +338,7 @@ class Pipeline:
 
         Raises RequestError when the image's sides are not multiples of the VAE's factor.
         """
-        model = self.bundle.manifest.model
-        side = model.vae_downsample
-        if image.width % side or image.height % side:
-            raise RequestError(
-                f"the image has {image.width}x{image.height} pixels; the VAE takes multiples of {side}",
-                hint=f"resize it, for example to {_on_grid(image.width, side)}x{_on_grid(image.height, side)}",
-            )
+        check_vae_size(image.height, image.width, self.bundle.manifest.model.vae_downsample)
         posterior = self.posterior(image)
         return posterior.mode() if seed is None else posterior.sample(TorchGenerator(seed).randn(posterior.mean.shape))
 
@@ -597,10 +592,6 @@ def _tiny_vae_identity(request: ResolvedRequest, model: ModelRecord) -> dict[str
 
 def _listed(values: tuple[float, ...] | None) -> JsonValue:
     return None if values is None else [*values]
-
-
-def _on_grid(length: int, side: int) -> int:
-    return max(length // side, 1) * side
 
 
 def as_request(prompt: str | Request, options: dict[str, Any]) -> Request:

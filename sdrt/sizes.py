@@ -1,6 +1,7 @@
-"""Which image sizes a bundle makes, in words and as the nearest to one that it does not make."""
+"""Which image sizes a bundle makes and its VAE takes, in words and as the nearest to one that it does not make."""
 
 from sdrt.bundle import ShapeProfile
+from sdrt.errors import RequestError
 from sdrt.image import LARGEST_PIXELS
 
 
@@ -36,3 +37,17 @@ def fits_windows(profile: ShapeProfile, height: int, width: int) -> bool:
     """Whether an image of this size can be made in overlapping windows of an accepted size."""
     on_grid = height % profile.multiple_of == 0 and width % profile.multiple_of == 0
     return on_grid and height * width <= LARGEST_PIXELS and profile.accepts(*window_size(profile, height, width))
+
+
+def check_vae_size(height: int, width: int, vae_downsample: int) -> None:
+    """Raises RequestError for a size in pixels that a VAE of this factor does not take, or that is too large."""
+    if height % vae_downsample or width % vae_downsample:
+        near = [max(side // vae_downsample, 1) * vae_downsample for side in (width, height)]
+        raise RequestError(
+            f"the image has {width}x{height} pixels; the VAE takes multiples of {vae_downsample}",
+            hint=f"resize it, for example to {near[0]}x{near[1]}",
+        )
+    if height * width > LARGEST_PIXELS:
+        raise RequestError(
+            f"the image has {width}x{height} pixels, more than {LARGEST_PIXELS}", hint="work on a smaller one"
+        )

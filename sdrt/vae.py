@@ -41,9 +41,14 @@ class Span:
         return slice(self.start * factor, (self.start + self.size) * factor)
 
 
-def tile_for(default_height: int, default_width: int, vae_downsample: int) -> int:
-    """The tile for a model whose usual size, in pixels, is to be decoded in one piece."""
-    return max(DEFAULT_TILE, -(-max(default_height, default_width) // vae_downsample))
+def largest_tile(usual: tuple[int, int], maximum: tuple[int, int], vae_downsample: int) -> tuple[int, int]:
+    """The largest tile, (height, width) in latent pixels, of a model's VAE engines.
+
+    usual: the model's own (height, width) in pixels, which is to be decoded in one piece. maximum: the largest of the
+    bundle's: its engines take no larger tile.
+    """
+    tile = max(DEFAULT_TILE, -(-max(usual) // vae_downsample))
+    return min(tile, maximum[0] // vae_downsample), min(tile, maximum[1] // vae_downsample)
 
 
 def decode_latents(
@@ -52,7 +57,7 @@ def decode_latents(
     *,
     scaling_factor: float,
     vae_downsample: int,
-    tile: int = DEFAULT_TILE,
+    tile: tuple[int, int] = (DEFAULT_TILE, DEFAULT_TILE),
     progress: Progress = silent,
     component: str = VAE_DECODER,
     spare: Spare | None = None,
@@ -60,8 +65,8 @@ def decode_latents(
     """Images from latents, by the decoder `component`, whose scaling factor it is.
 
     latents: float32 [B, C, h, w], as the sampler leaves them. Returns float32 [B, 3, H, W] in about [-1, 1],
-    not clipped. Above `tile` latent pixels a side, tiles of that size are decoded and blended. `progress` is
-    called with (component, tiles done, tiles in all); what it raises stops the work.
+    not clipped. Above `tile`, (height, width) in latent pixels, tiles of that size are decoded and blended.
+    `progress` is called with (component, tiles done, tiles in all); what it raises stops the work.
     spare: what decodes a tile again, when the decoder's own result is not finite.
     Raises ParityError when the latents, or in the end an engine's result, are not finite.
     """
@@ -111,7 +116,7 @@ def encode_posterior(
     *,
     scaling_factor: float,
     vae_downsample: int,
-    tile: int = DEFAULT_TILE,
+    tile: tuple[int, int] = (DEFAULT_TILE, DEFAULT_TILE),
     progress: Progress = silent,
 ) -> Posterior:
     """The latents' distribution of images.
@@ -150,11 +155,11 @@ class _TilePlan:
     scale_out: int
 
     @classmethod
-    def of(cls, size: tuple[int, ...], *, tile: int, scale_in: int, scale_out: int) -> "_TilePlan":
+    def of(cls, size: tuple[int, ...], *, tile: tuple[int, int], scale_in: int, scale_out: int) -> "_TilePlan":
         height, width = size
-        if tile < 2:
-            raise RequestError(f"the VAE cannot work in tiles of {tile}", hint="use a tile of 2 or more latent pixels")
-        rows, columns = tile_spans(height, tile), tile_spans(width, tile)
+        if min(tile) < 2:
+            raise RequestError(f"the VAE cannot work in tiles of {tile[1]}x{tile[0]}", hint="use a tile of 2 or more latent pixels")
+        rows, columns = tile_spans(height, tile[0]), tile_spans(width, tile[1])
         return cls(size=(height, width), rows=rows, columns=columns, scale_in=scale_in, scale_out=scale_out)
 
 

@@ -191,6 +191,25 @@ def test_encode_and_decode_are_inverse_borders(picture, tiny_bundle, tmp_path, c
     assert Image.open(decoded).size == Image.open(picture).size
 
 
+def test_encode_and_decode_take_sizes_that_the_bundle_does_not_draw(tiny_bundle, tmp_path, capsys):
+    for width, height in ((200, 72), (40, 1000)):
+        Image.new("RGB", (width, height), "red").save(tmp_path / "wide.png")
+        latents, decoded = tmp_path / "latents.npy", tmp_path / "decoded.png"
+        shape = drawn(capsys, "encode", tiny_bundle, tmp_path / "wide.png", "--out", latents, "--force")["shape"]
+        assert shape == [1, 4, height // 8, width // 8]
+        drawn(capsys, "decode", tiny_bundle, latents, "--out", decoded, "--force")
+        assert Image.open(decoded).size == (width, height)
+
+
+def test_an_image_off_the_vaes_grid_is_not_encoded(tiny_bundle, tmp_path, capsys):
+    Image.new("RGB", (70, 64)).save(tmp_path / "odd.png")
+    assert sdrt("encode", tiny_bundle, tmp_path / "odd.png", "--out", tmp_path / "a.npy") == 2
+    error = capsys.readouterr().err
+    assert "the image has 70x64 pixels; the VAE takes multiples of 8" in error
+    assert "64x64" in error
+    assert not (tmp_path / "a.npy").exists()
+
+
 def test_encode_with_a_seed_is_a_sample_and_without_the_mean(picture, tiny_bundle, tmp_path):
     for name, options in {"mean": (), "a": ("--seed", 0), "b": ("--seed", 0)}.items():
         assert sdrt("encode", tiny_bundle, picture, *options, "--out", tmp_path / f"{name}.npy") == 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sdrt.errors import BundleError, Cancelled, ParityError, RequestError
 from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32
-from sdrt.vae import Spare, blend_weights, decode_latents, encode_posterior, tile_for, tile_spans
+from sdrt.vae import Spare, blend_weights, decode_latents, encode_posterior, largest_tile, tile_spans
 
 FACTOR = 8
 SCALING = 0.5
@@ -104,7 +104,7 @@ SIZES = [(1, 1), (3, 8), (8, 8), (8, 9), (9, 9), (10, 24), (15, 40), (16, 17), (
 def test_tiles_of_a_decoder_without_context_are_the_whole(height, width):
     latents = latents_of(height, width)
     whole = PointwiseVae().decode(latents / np.float32(SCALING))
-    tiled = decode(PointwiseVae(), latents, tile=8)
+    tiled = decode(PointwiseVae(), latents, tile=(8, 8))
     assert tiled.dtype == np.float32
     assert tiled.shape == (1, 3, height * FACTOR, width * FACTOR)
     np.testing.assert_allclose(tiled, whole, rtol=0, atol=2e-6)
@@ -114,7 +114,7 @@ def test_tiles_of_a_decoder_without_context_are_the_whole(height, width):
 def test_tiles_of_an_encoder_without_context_are_the_whole(height, width):
     image = np.clip(np.random.default_rng(7).standard_normal((1, 3, height * 8, width * 8), np.float32), -1, 1)
     whole = PointwiseVae().encode(image)[:, :4] * np.float32(SCALING)
-    np.testing.assert_allclose(encode(PointwiseVae(), image, tile=8), whole, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(encode(PointwiseVae(), image, tile=(8, 8)), whole, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("side", [64, 65, 72, 128])
@@ -128,23 +128,23 @@ def test_nothing_larger_than_a_tile_goes_through_the_engine(side):
 def test_an_image_that_fits_a_tile_is_decoded_as_it_is():
     runner = PointwiseVae()
     latents = latents_of(12, 20)
-    result = decode(runner, latents, tile=64)
+    result = decode(runner, latents, tile=(64, 64))
     assert runner.shapes == [(1, 4, 12, 20)]
     np.testing.assert_array_equal(result, runner.decode(latents / np.float32(SCALING)))
 
 
 def test_an_image_does_not_depend_on_its_batch():
     latents = latents_of(9, 12, batch=3)
-    together = decode(BiasedVae(), latents, tile=64)
+    together = decode(BiasedVae(), latents, tile=(64, 64))
     assert [float(image.max()) for image in together] == [1, 2, 3]
     np.testing.assert_array_equal(
-        decode(PointwiseVae(), latents, tile=8)[1:2], decode(PointwiseVae(), latents[1:2], tile=8)
+        decode(PointwiseVae(), latents, tile=(8, 8))[1:2], decode(PointwiseVae(), latents[1:2], tile=(8, 8))
     )
 
 
 @pytest.mark.parametrize("side", [9, 16, 30])
 def test_tiles_fade_into_each_other_without_a_seam(side):
-    picture = decode(BiasedVae(), latents_of(side, side), tile=8)[0, 0]
+    picture = decode(BiasedVae(), latents_of(side, side), tile=(8, 8))[0, 0]
     tiles = len(tile_spans(side, 8)) ** 2
     # Two latent pixels of overlap, or more: a ramp of 16 pixels at least, between tiles of 1 … `tiles`.
     steepest = max(np.abs(np.diff(picture, axis=0)).max(), np.abs(np.diff(picture, axis=1)).max())
@@ -176,17 +176,26 @@ def test_weights_are_positive_and_sum_to_one_everywhere(length, tile, scale):
     np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
-def test_the_models_own_size_fits_its_tile():
-    assert tile_for(512, 512, 8) == 64
-    assert tile_for(768, 512, 8) == 96
-    assert tile_for(128, 128, 8) == 64
+def test_the_models_own_size_fits_its_tile_and_the_engines_take_it():
+    assert largest_tile((512, 512), (768, 768), 8) == (64, 64)
+    assert largest_tile((768, 512), (1024, 1024), 8) == (96, 96)
+    assert largest_tile((128, 128), (1024, 1024), 8) == (64, 64)
+    assert largest_tile((512, 512), (384, 768), 8) == (48, 64)
+
+
+def test_tiles_need_not_be_square():
+    latents = latents_of(20, 20)
+    runner = PointwiseVae()
+    whole = decode(PointwiseVae(), latents)
+    np.testing.assert_allclose(decode(runner, latents, tile=(8, 16)), whole, rtol=0, atol=1e-6)
+    assert {shape[2:] for shape in runner.shapes} == {(8, 16)}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("run", [1, 4])
 def test_a_decoder_that_overflows_in_any_tile_is_an_error(value, run):
     with pytest.raises(ParityError, match="vae_decoder") as caught:
-        decode(SpoiltVae(value, run), latents_of(9, 9), tile=8)
+        decode(SpoiltVae(value, run), latents_of(9, 9), tile=(8, 8))
     assert "fp32" in caught.value.hint
 
 
@@ -196,7 +205,7 @@ class TestSpareDecoder:
     def decoded(self, runner):
         used = []
         spare = Spare(component=VAE_DECODER_FLOAT32, used=lambda: used.append(1))
-        return decode(runner, latents_of(9, 9), tile=8, spare=spare), len(used)
+        return decode(runner, latents_of(9, 9), tile=(8, 8), spare=spare), len(used)
 
     def test_is_left_alone_by_a_finite_result(self):
         sample, used = self.decoded(runner := TwoDecoders())
@@ -268,7 +277,7 @@ def test_noise_of_another_shape_is_refused():
 
 def test_a_tile_without_room_to_overlap_is_refused():
     with pytest.raises(RequestError, match="tiles of 1"):
-        decode(PointwiseVae(), latents_of(4, 4), tile=1)
+        decode(PointwiseVae(), latents_of(4, 4), tile=(1, 1))
 
 
 def test_an_engine_of_another_factor_is_a_bundle_error():
@@ -286,6 +295,6 @@ def test_progress_counts_tiles_and_can_stop_the_work():
             raise Cancelled("stopped", hint="run it again")
 
     with pytest.raises(Cancelled):
-        decode(runner, latents_of(9, 9), tile=8, progress=stop_at_two)
+        decode(runner, latents_of(9, 9), tile=(8, 8), progress=stop_at_two)
     assert seen == [("vae_decoder", 0, 4), ("vae_decoder", 1, 4), ("vae_decoder", 2, 4)]
     assert len(runner.shapes) == 2

@@ -31,18 +31,22 @@ def encode(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Encode an image as scaled latents."""
+    """Encode an image as latents, times the VAE's scaling factor; in tiles where it is large.
+
+    Its sides are multiples of the VAE's factor, which is 8 for most models.
+    """
     import numpy as np
 
     from sdrt.bundle import Bundle
     from sdrt.files import write_atomically
     from sdrt.image import open_image
+    from sdrt.sizes import check_vae_size
 
     check_outputs([out], ".npy", force=force)
     if seed is not None and not 0 <= seed < 2**64:
         raise RequestError(f"--seed is {seed}", hint="give a whole number from 0 to 2**64 - 1")
     opened, picture = Bundle.open(bundle), open_image(image)
-    _check_size(opened, picture.height, picture.width, str(image))
+    check_vae_size(picture.height, picture.width, opened.manifest.model.vae_downsample)
     with progress_bar() as progress, _pipeline(opened, threads) as pipeline:
         progress("encoding", 0, 1)
         latents = pipeline.encode(picture, seed=seed)
@@ -56,23 +60,24 @@ def encode(
 
 def decode(
     bundle: BundleFolder,
-    latents: Annotated[Path, typer.Argument(metavar="NPY", help="Scaled latents, [B, C, h, w].", show_default=False)],
+    latents: Annotated[Path, typer.Argument(metavar="NPY", help="What `sdrt encode` wrote.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="PNG", help="The image; several become NAME-1.png …")],
     vae: Vae = None,
     threads: Threads = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Decode scaled latents to an image."""
+    """Decode latents, float [B, C, h, w] times the VAE's scaling factor, to an image; in tiles where it is large."""
     from sdrt.bundle import Bundle
     from sdrt.resolution import resolve_vae
+    from sdrt.sizes import check_vae_size
 
     opened, array = Bundle.open(bundle), read_latents(latents)
     resolve_vae(vae, opened.manifest.model)
     paths = numbered(out, len(array))
     check_outputs(paths, ".png", force=force)
-    model = opened.manifest.model
-    _check_size(opened, array.shape[2] * model.vae_downsample, array.shape[3] * model.vae_downsample, str(latents))
+    model, side = opened.manifest.model, opened.manifest.model.vae_downsample
+    check_vae_size(array.shape[2] * side, array.shape[3] * side, side)
     with progress_bar() as progress, _pipeline(opened, threads) as pipeline:
         progress("decoding", 0, 1)
         images = pipeline.decode(array, vae=vae)
@@ -104,18 +109,6 @@ def read_latents(path: Path) -> "FloatArray":
     if not np.isfinite(latents).all():
         raise RequestError(f"{path} holds values that are NaN or infinite", hint=hint)
     return latents
-
-
-def _check_size(bundle: "Bundle", height: int, width: int, name: str) -> None:
-    from sdrt.sizes import describe_sizes, nearest_size
-
-    profile = bundle.manifest.profile
-    if not profile.accepts(height, width):
-        near = nearest_size(profile, height, width)
-        raise RequestError(
-            f"{name} is of {width}x{height} pixels, which this bundle does not make",
-            hint=f"it makes {describe_sizes(profile)}; resize to {near[1]}x{near[0]}",
-        )
 
 
 def _pipeline(bundle: "Bundle", threads: int | None) -> "Pipeline":

@@ -47,11 +47,11 @@ def shapes_runner() -> TorchVae:
 
 
 def decode(runner: TorchVae, latents: np.ndarray, tile: int = NEVER_TILED) -> np.ndarray:
-    return decode_latents(runner, latents, scaling_factor=SCALING, vae_downsample=8, tile=tile)
+    return decode_latents(runner, latents, scaling_factor=SCALING, vae_downsample=8, tile=(tile, tile))
 
 
 def encode(runner: TorchVae, image: np.ndarray, noise: np.ndarray | None, tile: int = NEVER_TILED) -> np.ndarray:
-    posterior = encode_posterior(runner, image, scaling_factor=SCALING, vae_downsample=8, tile=tile)
+    posterior = encode_posterior(runner, image, scaling_factor=SCALING, vae_downsample=8, tile=(tile, tile))
     return posterior.mode() if noise is None else posterior.sample(noise)
 
 
