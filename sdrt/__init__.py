@@ -15,7 +15,7 @@ from sdrt._version import VERSION
 if TYPE_CHECKING:
     from sdrt.batcher import Batcher, Ticket
     from sdrt.bundle import Bundle
-    from sdrt.errors import SdrtError
+    from sdrt.errors import BusyError, Cancelled, RequestError, SdrtError
     from sdrt.pipeline import Pipeline, Result, StepEvent, Timings
     from sdrt.request import Request
 
@@ -24,8 +24,11 @@ __version__ = VERSION
 __all__ = [
     "Batcher",
     "Bundle",
+    "BusyError",
+    "Cancelled",
     "Pipeline",
     "Request",
+    "RequestError",
     "Result",
     "SdrtError",
     "StepEvent",
@@ -39,6 +42,9 @@ _HOMES = {
     "Batcher": "sdrt.batcher",
     "Ticket": "sdrt.batcher",
     "Bundle": "sdrt.bundle",
+    "BusyError": "sdrt.errors",
+    "Cancelled": "sdrt.errors",
+    "RequestError": "sdrt.errors",
     "SdrtError": "sdrt.errors",
     "Pipeline": "sdrt.pipeline",
     "Result": "sdrt.pipeline",

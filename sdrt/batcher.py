@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from PIL import Image
 
 from sdrt.errors import BackendError, BusyError, Cancelled, RequestError
-from sdrt.pipeline import Followed, Pipeline, Prepared, Result
+from sdrt.pipeline import Followed, Pipeline, Prepared, Result, as_request
 from sdrt.request import Request
 from sdrt.resolution import ResolvedRequest
 from sdrt.step_batch import Faults, StepBatch, open_batch
@@ -175,9 +175,12 @@ class Batcher:
         self._worker = threading.Thread(target=self._work, name="sdrt-batcher", daemon=True)
         self._worker.start()
 
-    def submit(self, request: Request) -> Ticket:
-        """Queue a request. Raises RequestError for a bad one and BusyError when the queue is full, at once."""
-        resolved = self._pipeline.resolve(request)
+    def submit(self, prompt: str | Request, **options: Any) -> Ticket:  # noqa: ANN401  (fields of Request)
+        """Queue a request, given as for `Pipeline.generate`.
+
+        Raises RequestError for a bad one and BusyError when the queue is full, at once.
+        """
+        resolved = self._pipeline.resolve(as_request(prompt, options))
         if places_of(resolved) > self.max_batch:
             composed = f" with {len(resolved.composed_prompts)} composed prompts" if resolved.composed_prompts else ""
             raise RequestError(

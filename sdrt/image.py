@@ -203,7 +203,8 @@ def read_parameters(path: Path) -> dict[str, JsonValue]:
         raise RequestError(f"{path} is damaged: {error}", hint="pass an image that sdrt wrote") from error
     if text is None:
         raise RequestError(
-            f"{path} holds no parameters of sdrt", hint="another program made or re-saved it: pass sdrt's own file"
+            f"{path} holds no parameters of sdrt",
+            hint="another program made or re-saved it: pass sdrt's own file; to begin with a picture, use --image",
         )
     try:
         parameters: dict[str, JsonValue] = msgspec.json.decode(text, type=dict[str, Any])

@@ -15,19 +15,26 @@ from sdrt.plan import SamplingPlan
 class Request:
     """One request, in the names of the diffusers pipelines. `None` means the model's default.
 
+    Defaults are alike for every task: 50 steps, guidance 7.5, full control. Some pipelines of diffusers have others:
+    its upscaler 75 steps and guidance 9, InstructPix2Pix 100 steps, ControlNets 0.8 in image-to-image and 0.5 in
+    inpainting.
+
     num_inference_steps: 50 unless given, or as many as `timesteps` or `sigmas` have.
     scheduler: a name or a class (`sdrt schedulers` lists them), or a plan of one's own: `sdrt.plan.derive` makes them.
     seed: with `num_images_per_prompt` > 1, image i is made with seed + i, so each can be made again alone; or one seed
     for each image, as a list of generators.
     timesteps, sigmas: a grid of one's own, descending, as the reference's `set_timesteps` takes it.
     composed_prompts: more prompts with their weights, drawn together with `prompt`, whose weight is 1: each shows as if
-    guided on its own (Liu et al. 2022, arXiv:2206.01714); a negative weight leads away. Each is a network evaluation
-    more in every step, and takes room in a batch.
-    image: what to begin with, instead of noise (image-to-image); it is resized where height or width say so. strength:
-    the share of the steps that then run, 0.8 unless given: the more, the freer.
-    mask_image: with `image`, what of it is drawn anew (inpainting): white; what is black stays. Greys count as the
-    nearer of the two with mask_mode "diffusers", or blend with "soft", after a blur of mask_blur pixels (8 unless
-    given). preserve: every pixel outside the mask is the image's own afterwards. padding_mask_crop: only the mask and
+    guided on its own (Liu et al. 2022, arXiv:2206.01714); a negative weight leads away, but all of them and the 1 add
+    up to more than 0. Each is a network evaluation more in every step, and one or two take the room of
+    another image in a batch.
+    image: what to work on; with nothing else, what to begin with instead of noise (image-to-image). It is resized where
+    height or width say so. strength: the share of the steps that then run, 0.8 unless given, 1 with a mask or outpaint:
+    the more, the freer.
+    mask_image: with `image`, what of it is drawn anew (inpainting): white; black keeps what it shows. Greys count as
+    the nearer of the two with mask_mode "diffusers", or blend with "soft", after a blur of mask_blur pixels (8 unless
+    given). preserve: every pixel outside the mask is exactly the image's own afterwards, unless given only when
+    outpainting; without it those pixels too have been through the VAE. padding_mask_crop: only the mask and
     so many pixels around it are worked on, in the size that height and width say, and put back into the image.
     outpaint: by how many pixels `image` is to grow on which sides: {"left": 128, "bottom": 64}. fill: what is there
     before, "edge" (the border's pixels), "noise" or a colour.
@@ -36,8 +43,9 @@ class Request:
     nearer. Without an `image` it begins with noise. Where the checkpoint brought a depth estimator, an `image` alone
     will do: its depth is estimated.
     image_guidance_scale: of editing, how close to `image` the result stays, 1.5 unless given.
-    control_image: what the bundle's ControlNet is shown, in the size of the result; of several ControlNets a list with
-    an image for each, or None for one that is to have no say. controlnet_conditioning_scale: how much each counts, 1
+    control_image: what the bundle's ControlNet is shown, resized to the result, whose size it decides where nothing
+    else does; in text-to-image too, where diffusers calls it `image`. Of several ControlNets a list with an image for
+    each, or None for one that is to have no say. controlnet_conditioning_scale: how much each counts, 1
     unless given. control_guidance_start, control_guidance_end: in which part of the steps, 0 to 1.
     hires_scale: draw in two passes ("hires fix"): height and width are the first one's, a base that the model is good
     at; then the result is enlarged by this much, to the nearest size of the VAE, and drawn again as image-to-image.

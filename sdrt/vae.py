@@ -158,7 +158,9 @@ class _TilePlan:
     def of(cls, size: tuple[int, ...], *, tile: tuple[int, int], scale_in: int, scale_out: int) -> "_TilePlan":
         height, width = size
         if min(tile) < 2:
-            raise RequestError(f"the VAE cannot work in tiles of {tile[1]}x{tile[0]}", hint="use a tile of 2 or more latent pixels")
+            raise RequestError(
+                f"the VAE cannot work in tiles of {tile[1]}x{tile[0]}", hint="use a tile of 2 or more latent pixels"
+            )
         rows, columns = tile_spans(height, tile[0]), tile_spans(width, tile[1])
         return cls(size=(height, width), rows=rows, columns=columns, scale_in=scale_in, scale_out=scale_out)
 

@@ -40,14 +40,18 @@ _SIZES_HINT = (
 def build(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A diffusers folder, an ONNX folder, or `shapes`, the embedded model."),
+        typer.Argument(
+            metavar="MODEL",
+            help="A diffusers folder, an ONNX folder, or an embedded model: shapes, in a clone also shapes-inpaint, "
+            "shapes-depth, shapes-upscale.",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="BUNDLE", help="The folder to make.")],
     controlnet: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="FOLDER",
-            help="A ControlNet in the diffusers layout, to steer MODEL with; again for more.",
+            help="A ControlNet in the diffusers layout, in a clone also shapes-edges, to steer with; again for more.",
             show_default=False,
         ),
     ] = None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdrt.cli.build import UNVERIFIED, bundle_bytes, is_onnx_folder, parity_table, size_multiple
-from sdrt.cli.options import EMBEDDED, AsJson, model_folder
+from sdrt.cli.options import AsJson, is_embedded, model_folder
 from sdrt.cli.terminal import emit, facts, size_text, table, title
 from sdrt.errors import CheckpointError, RequestError
 
@@ -28,7 +28,9 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="BUNDLE|MODEL", help="A bundle, a diffusers or ONNX folder, or `shapes`.", show_default=False
+            metavar="BUNDLE|MODEL",
+            help="A bundle, a diffusers or ONNX folder, or an embedded model.",
+            show_default=False,
         ),
     ],
     layers: Annotated[
@@ -44,7 +46,7 @@ def inspect(
     from sdrt.tasks import possible_tasks
 
     folder = Path(path)
-    if path == EMBEDDED or (folder / "model_index.json").is_file() or is_onnx_folder(folder):
+    if is_embedded(path) or (folder / "model_index.json").is_file() or is_onnx_folder(folder):
         if layers:
             raise RequestError(f"{path} is a model, which has no engines", hint="name a bundle, or leave --layers out")
         model = _model(model_folder(path))

@@ -67,12 +67,15 @@ def check_outputs(paths: Sequence[Path], suffix: str, *, force: bool) -> None:
     check_writable(paths[0])
 
 
+def is_embedded(model: str) -> bool:
+    """Whether MODEL names the embedded model or a variant of it, and no path."""
+    return model == EMBEDDED or (model.startswith(f"{EMBEDDED}-") and not Path(model).exists())
+
+
 def model_folder(model: str) -> Path:
     """The folder of MODEL: a path, or the embedded model or one of its variants by name. Raises CheckpointError."""
-    if model == EMBEDDED:
-        return _embedded_folder()
-    if (variant := model.removeprefix(f"{EMBEDDED}-")) != model and not Path(model).exists():
-        return _variant_folder(variant)
+    if is_embedded(model):
+        return _embedded_folder() if model == EMBEDDED else _variant_folder(model.removeprefix(f"{EMBEDDED}-"))
     folder = Path(model)
     if not folder.exists():
         raise CheckpointError(

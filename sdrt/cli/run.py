@@ -244,7 +244,11 @@ def run(
     grid: Annotated[bool, typer.Option("--grid", help="Also write all images in one, as NAME-grid.png.")] = False,
     from_image: Annotated[
         Path | None,
-        typer.Option(metavar="PNG", help="Draw an image of sdrt again; options given here win.", show_default=False),
+        typer.Option(
+            metavar="PNG",
+            help="Draw an image of sdrt again, from what it says of itself; options win.",
+            show_default=False,
+        ),
     ] = None,
     threads: Threads = None,
     provider: OnProvider = None,

@@ -8,14 +8,17 @@ import typer
 FromPicture = Annotated[
     Path | None,
     typer.Option(
-        "--image", metavar="IMAGE", help="Begin with this PNG, JPEG or WebP instead of noise.", show_default=False
+        "--image",
+        metavar="IMAGE",
+        help="The PNG, JPEG or WebP to work on: to redraw, inpaint, outpaint, enlarge, edit or take the depth of.",
+        show_default=False,
     ),
 ]
 Strength = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE",
-        help="How much of the steps then runs, above 0 (as it is) up to 1 (free). Default: 0.8; with a mask 1.",
+        help="How much of the steps then runs, above 0 (as it is) to 1 (free). Default: 0.8, with mask or outpaint 1.",
         show_default=False,
     ),
 ]
@@ -24,14 +27,18 @@ Composed = Annotated[
     typer.Option(
         "--and",
         metavar="PROMPT[:WEIGHT]",
-        help="Draw this too, guided on its own; again for more. A weight below 0 leads away. Default: 1.",
+        help="Draw this too, guided on its own; again for more. A weight below 0 leads away. Default: 1. "
+        "One or two take the room of another image in the bundle's --batch.",
         show_default=False,
     ),
 ]
 MaskFile = Annotated[
     Path | None,
     typer.Option(
-        "--mask", metavar="IMAGE", help="What of the image is drawn anew: white; black stays.", show_default=False
+        "--mask",
+        metavar="IMAGE",
+        help="What of the image is drawn anew: white; black keeps what it shows.",
+        show_default=False,
     ),
 ]
 MaskMode = Annotated[
@@ -55,7 +62,7 @@ Preserve = Annotated[
     bool | None,
     typer.Option(
         "--preserve/--no-preserve",
-        help="Leave every pixel outside the mask as it is. Default: only with --outpaint.",
+        help="Leave every pixel outside the mask exactly as it is. Default: only with --outpaint.",
         show_default=False,
     ),
 ]
