@@ -11,6 +11,7 @@ from sdrt.engines.onnx_files import MODEL_NAME, external_files, lend_file, load_
 from sdrt.errors import BackendError
 from sdrt.progress import Progress, silent
 from sdrt.runners.base import STEP
+from sdrt.runners.precisions import precisions_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class OnnxRuntimeBuilder:
     name: ClassVar[BackendName] = "onnxruntime"
     device: ClassVar[str] = "cpu"
     runs_here: ClassVar[bool] = True
-    precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "fp16")
+    precisions: ClassVar[tuple[Precision, ...]] = precisions_of("onnxruntime")
 
     @property
     def version(self) -> str:

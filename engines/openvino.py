@@ -25,6 +25,7 @@ from sdrt.runners.base import (
     VAE_DECODER,
     VAE_ENCODER,
 )
+from sdrt.runners.precisions import precisions_of
 from sdrt.step_border import ALL_STEP_INPUTS, fixed_sizes
 
 if TYPE_CHECKING:
@@ -55,9 +56,7 @@ class OpenVinoBuilder:
     @property
     def precisions(self) -> tuple[Precision, ...]:
         """bf16 first where the CPU computes in it, else float32 only."""
-        from sdrt.runners.cpu import native_precision
-
-        return ("bf16", "fp32") if native_precision() == "bf16" else ("fp32",)
+        return precisions_of("openvino")
 
     def features(self, precision: Precision) -> tuple[str, ...]:
         """float32 engines run anywhere; bf16 ones need one of the instruction sets that compute in it."""

@@ -19,6 +19,7 @@ from sdrt.engines.tensorrt_child import CURRENT, Order
 from sdrt.errors import BuildError
 from sdrt.progress import Progress, silent
 from sdrt.runners.nvidia import INSTALL, Device, Library, architectures, find_device, load_library
+from sdrt.runners.precisions import precisions_of
 from sdrt.worker import run_child
 
 ENGINE_NAME = "model.engine"
@@ -40,7 +41,7 @@ class TensorRtBuilder:
     refit: bool = False
     workspace_bytes: int | None = None
     name: ClassVar[BackendName] = "tensorrt"
-    precisions: ClassVar[tuple[Precision, ...]] = ("fp16",)
+    precisions: ClassVar[tuple[Precision, ...]] = precisions_of("tensorrt")
 
     @classmethod
     def find(cls, targets: tuple[str, ...] = (), *, refit: bool = False) -> "TensorRtBuilder":

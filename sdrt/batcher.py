@@ -183,9 +183,10 @@ class Batcher:
         resolved = self._pipeline.resolve(as_request(prompt, options))
         if places_of(resolved) > self.max_batch:
             composed = f" with {len(resolved.composed_prompts)} composed prompts" if resolved.composed_prompts else ""
+            several = resolved.num_images_per_prompt > 1
             raise RequestError(
                 f"{resolved.num_images_per_prompt} images{composed} do not fit a batch of {self.max_batch}",
-                hint="send several requests with seed, seed + 1, …",
+                hint="send several requests with seed, seed + 1, …" if several else "compose fewer prompts",
             )
         with self._changed:
             if self._closing:
@@ -302,7 +303,10 @@ class Batcher:
         if not stepping:
             self._close_batches()
             return
-        self._last_size = choose_size([item.size for item in stepping], self._last_size)
+        sizes = [item.size for item in stepping]
+        for gone in self._batches.keys() - set(sizes):  # its last request has left while others were stepping
+            self._drop_batch(gone)
+        self._last_size = choose_size(sizes, self._last_size)
         group = [item for item in stepping if item.size == self._last_size]
         try:
             batch = self._batch(self._last_size, [path for item in group for path in item.prepared.trajectories])

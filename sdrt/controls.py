@@ -78,6 +78,16 @@ def resolve_controls(request: Request, model: ModelRecord) -> tuple[Control, ...
     )
 
 
+def without_say(controls: Sequence[Control], rows: int) -> list[str]:
+    """What to warn of: pictures whose part of the steps holds none of so many as a whole."""
+    return [
+        f"control_guidance_start {control.start:g} to control_guidance_end {control.end:g} holds none of {rows} steps "
+        "as a whole, so that control_image did nothing"
+        for control in controls
+        if control.image is not None and control.scale != 0 and not control.scales(rows).any()
+    ]
+
+
 def size_of_controls(controls: Sequence[Control], profile: ShapeProfile) -> tuple[int, int] | None:
     """(height, width) of the first picture, rounded down to the bundle's grid; None where there is none."""
     image = next((control.image for control in controls if control.image is not None), None)

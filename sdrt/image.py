@@ -4,6 +4,7 @@ import io
 import json
 import math
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -154,16 +155,28 @@ def open_depth(path: Path) -> npt.NDArray[np.float32]:
         try:
             # Mapped, so that a header that promises more than the file holds is refused instead of allocated.
             values = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(values, np.ndarray) or values.ndim != 2 or values.size > LARGEST_PIXELS:
+                hint = f"give numbers [height, width], at most {LARGEST_PIXELS}"
+                raise RequestError(f"{path} holds {_described(values)}", hint=hint)
             return np.array(values, np.float32)
-        except (OSError, EOFError, SyntaxError, TypeError, ValueError, OverflowError) as error:
+        except (*DAMAGE, zipfile.BadZipFile) as error:
             raise RequestError(f"{path} holds no depth map: {error}", hint="write it with numpy.save") from error
     return np.asarray(_open(path, _to_samples), np.float32)
+
+
+def _described(values: object) -> str:
+    return f"an array of shape {list(values.shape)}" if isinstance(values, np.ndarray) else "several arrays"
 
 
 def _converted(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     _check_size(image.size, "the image")
     if getattr(image, "n_frames", 1) > 1:
         raise RequestError("the image is an animation", hint="give one of its frames")
+    try:
+        image.load()
+    except (*DAMAGE, AssertionError, AttributeError) as error:  # Pillow asserts that its file is still open
+        hint = "call its load() before its file is closed"
+        raise RequestError(f"the image cannot be read any more: {error}", hint=hint) from error
     try:
         return _upright(convert(image), image.getexif().get(EXIF_ORIENTATION, 1))
     except DAMAGE as error:

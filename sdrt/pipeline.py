@@ -16,7 +16,7 @@ from PIL import Image
 from sdrt._version import VERSION
 from sdrt.bundle import Bundle, JsonValue, ModelRecord
 from sdrt.conditions import Steering
-from sdrt.controls import control_parameters, steer
+from sdrt.controls import control_parameters, steer, without_say
 from sdrt.depth import estimate_depth
 from sdrt.errors import RequestError
 from sdrt.guidance import Guidance, guidance_of
@@ -29,7 +29,7 @@ from sdrt.runners.base import TINY_VAE_DECODER, VAE_DECODER_FLOAT32, FloatArray,
 from sdrt.sizes import check_vae_size, window_size
 from sdrt.step_batch import Faults, StepBatch, open_batch
 from sdrt.tasks.base import Drawn, Encode, EstimateDepth, Preparation
-from sdrt.tasks.pictures import pixels_sha256
+from sdrt.tasks.pictures import check_picture, pixels_sha256
 from sdrt.text import PromptEncoder
 from sdrt.tokenizer import Tokenizer
 from sdrt.trajectory import Trajectory, start_trajectory
@@ -334,17 +334,19 @@ class Pipeline:
         )
 
     def encode(self, image: Image.Image, *, seed: int | None = None) -> FloatArray:
-        """The scaled latents of an RGB image, float32 [1, C, h, w]: the mean, or a sample when a seed is given.
+        """The scaled latents of an image, float32 [1, C, h, w]: the mean, or a sample when a seed is given.
 
-        Raises RequestError when the image's sides are not multiples of the VAE's factor.
+        It is taken as `open_image` gives it: upright RGB on white. Raises RequestError for what is no image, too large
+        or moves, and when its sides are not multiples of the VAE's factor.
         """
+        image = check_picture("image", image)
         check_vae_size(image.height, image.width, self.bundle.manifest.model.vae_downsample)
         posterior = self.posterior(image)
         return posterior.mode() if seed is None else posterior.sample(TorchGenerator(seed).randn(posterior.mean.shape))
 
     def posterior(self, image: Image.Image) -> Posterior:
-        """What the VAE knows of an RGB image's latents. Raises RequestError for sides that it does not take."""
-        return self._posterior(from_pixels(np.asarray(image.convert("RGB"))[None]))
+        """What the VAE knows of an image's latents. Raises RequestError as `encode` does."""
+        return self._posterior(from_pixels(np.asarray(check_picture("image", image))[None]))
 
     def _posterior(self, sample: FloatArray) -> Posterior:
         model = self.bundle.manifest.model
@@ -368,6 +370,8 @@ class Pipeline:
         Raises RequestError for another shape or dtype, or a decoder that the bundle does not have.
         """
         channels = self.bundle.manifest.model.latent_channels
+        if not isinstance(latents, np.ndarray):
+            raise RequestError(f"latents are {type(latents).__name__}", hint="give a numpy array")
         if latents.ndim != 4 or latents.shape[1] != channels or latents.dtype != np.float32 or 0 in latents.shape:
             raise RequestError(
                 f"latents are {latents.dtype} {list(latents.shape)}", hint=f"give float32 [batch, {channels}, h, w]"
@@ -500,10 +504,11 @@ class Pipeline:
 
     def _warnings(self, request: ResolvedRequest) -> tuple[str, ...]:
         texts = {"prompt": request.prompt}
-        texts |= {f"composed prompt {text!r}": text for text, _ in request.composed_prompts}
+        texts |= {f"composed prompt {_shortened(text)!r}": text for text, _ in request.composed_prompts}
         if request.guided:
             texts["negative_prompt"] = request.negative_prompt
-        unused = [*request.task.warnings(), *([] if request.guided else _unused_without_guidance(request))]
+        unused = [*request.task.warnings(), *without_say(request.controls, len(request.plan))]
+        unused += [] if request.guided else _unused_without_guidance(request)
         length = self.bundle.manifest.model.text_length
         dropped = {name: self._prompts.dropped(text) for name, text in texts.items()}
         return tuple(unused) + tuple(
@@ -541,8 +546,9 @@ def _shortened(text: str) -> str:
 
 
 def _unused_without_guidance(request: ResolvedRequest) -> list[str]:
-    asked = {"guidance_rescale": 0, "guidance_start": 0, "guidance_end": 1}
+    asked = {"negative_prompt": "", "guidance_rescale": 0, "guidance_start": 0, "guidance_end": 1}
     names = [name for name, nothing in asked.items() if getattr(request, name) != nothing]
+    names += ["image_guidance_scale"] if request.task.name == "editing" else []
     scale = f"guidance_scale {request.guidance_scale:g} is without guidance"
     return [f"{scale}, so {' and '.join(names)} did nothing"] if names else []
 

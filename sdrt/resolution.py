@@ -323,8 +323,12 @@ def _resolve_plan(
 
 def _check_own_plan(request: Request, plan: SamplingPlan, thresholding: Thresholding | None) -> None:
     """A plan of one's own has its steps and its noise. thresholding: what the bundle's step graph does to an x₀."""
-    asked = {"num_inference_steps": None, "timesteps": None, "sigmas": None, "eta": 0, "strength": None}
-    beside = [name for name, absent in asked.items() if getattr(request, name) != absent]
+    beside = [
+        name
+        for name in ("num_inference_steps", "timesteps", "sigmas", "strength")
+        if getattr(request, name) is not None
+    ]
+    beside += ["eta"] if request.eta != 0 else []
     if beside:
         raise RequestError(f"{beside[0]} is given beside a plan, which has its own", hint=f"leave {beside[0]} out")
     numbers = (plan.timesteps, plan.input_scales, plan.transitions, np.array(plan.initial_scale))

@@ -286,6 +286,31 @@ def test_every_size_makes_progress_beside_a_crowd_of_another(fake):
         assert all(ticket.result(30).images for ticket in crowd)
 
 
+def test_a_size_whose_last_request_has_left_keeps_no_batch_while_another_steps(fake):
+    submitted = threading.Event()
+    with Batcher(fake(FakeRunner(before=hold_until(submitted, []))), max_batch=8) as batcher:
+        long = batcher.submit(Request(prompt="red", scheduler="ddim", num_inference_steps=400, seed=0))
+        short = [
+            batcher.submit(Request(prompt="red", num_inference_steps=4, seed=0, height=height)) for height in (96, 128)
+        ]
+        submitted.set()
+        assert all(ticket.result(20).images for ticket in short)
+        steps = batcher.stats().steps
+        while batcher.stats().steps < steps + 2:
+            time.sleep(0.001)
+        assert not long.done()
+        assert set(batcher._batches) <= {(8, 8)}
+        long.cancel()
+
+
+def test_a_prompt_and_its_options_are_a_request(fake):
+    with Batcher(fake()) as batcher:
+        drawn = batcher.submit("red", num_inference_steps=3, seed=1).result(10)
+        assert pixels(drawn) == pixels(fake().generate("red", num_inference_steps=3, seed=1))
+        with pytest.raises(RequestError, match="a request has no steps"):
+            batcher.submit("red", steps=3)
+
+
 def test_a_full_queue_refuses_at_once(fake):
     gate = threading.Event()
     with Batcher(fake(FakeRunner(before=lambda name, feeds: gate.wait(10))), max_batch=1, max_queue=2) as batcher:

@@ -93,6 +93,30 @@ class TestDepth:
         np.save(tmp_path / "depth.npy", values)
         np.testing.assert_array_equal(open_depth(tmp_path / "depth.npy"), values)
 
+    @pytest.mark.parametrize("shape", [(4,), (4, 4, 1), ()])
+    def test_a_file_holds_one_map(self, tmp_path, shape):
+        np.save(tmp_path / "depth.npy", np.zeros(shape))
+        with pytest.raises(RequestError, match=r"holds an array of shape \["):
+            open_depth(tmp_path / "depth.npy")
+        np.savez(tmp_path / "several.npz", a=np.zeros((8, 8)))
+        (tmp_path / "several.npz").rename(tmp_path / "depth.npy")
+        with pytest.raises(RequestError, match="holds several arrays"):
+            open_depth(tmp_path / "depth.npy")
+
+    @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY"])
+    def test_a_damaged_file_is_refused(self, tmp_path, content):
+        (tmp_path / "depth.npy").write_bytes(content)
+        with pytest.raises(RequestError, match="holds no depth map"):
+            open_depth(tmp_path / "depth.npy")
+
+    @pytest.mark.parametrize("gap", [3.4e38, -3.4e38])
+    def test_a_map_that_marks_gaps_with_the_largest_number_is_near_or_far_there(self, gap):
+        depth = np.full((4, 4), 2.0, np.float32)
+        depth[0, 0] = gap
+        unit = normalised(depth)
+        assert np.isfinite(unit).all()
+        assert unit[0, 0] == np.sign(gap)
+
     def test_a_file_must_not_move(self, tmp_path):
         frames = [Image.new("L", (8, 8), shade) for shade in (0, 200)]
         frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
@@ -106,6 +130,7 @@ class TestDepth:
             ({"depth_map": np.zeros((8, 8, 3))}, r"float64 \[8, 8, 3\]"),
             ({"depth_map": np.zeros((0, 8))}, r"\[0, 8\]"),
             ({"depth_map": "depth.png"}, "depth_map is str"),
+            ({"depth_map": [[1.0], [1.0, 2.0]]}, "depth_map is no array"),
             ({"depth_map": np.full((64, 64), np.nan)}, "NaN or infinite"),
             ({"depth_map": np.full((64, 64), np.inf)}, "NaN or infinite"),
             ({"depth_map": np.zeros((64, 32))}, "32x64 values for an image of 64x64"),

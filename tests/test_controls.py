@@ -242,6 +242,13 @@ def test_a_picture_is_upright_rgb_on_white(fake):
     np.testing.assert_array_equal(path.steering.control, 1)
 
 
+def test_a_part_of_the_steps_that_holds_none_is_told(fake):
+    pipeline = fake(controlnets=ONE)
+    (warning,) = pipeline.generate(asked(control_guidance_end=0.05)).warnings
+    assert "control_guidance_end 0.05 holds none of" in warning
+    assert pipeline.generate(asked(controlnet_conditioning_scale=0.0, control_guidance_end=0.05)).warnings == ()
+
+
 REFUSED = [
     ((), {}, "this bundle has no ControlNet"),
     (ONE, {"control_image": "edges.png"}, "control_image is str"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from sdrt.errors import OutputError, ParityError, RequestError
-from sdrt.image import from_pixels, grid, open_image, read_parameters, save_png, to_images, to_pixels
+from sdrt.image import as_rgb, from_pixels, grid, open_image, read_parameters, save_png, to_images, to_pixels
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -194,6 +194,15 @@ def test_exif_orientation_is_applied(orientation, kind, tmp_path):
     opened = open_image(written(tmp_path, encoded(stored, kind, exif=exif, **options)))
     assert opened.size == (16, 8)
     assert np.abs(np.asarray(opened, int) - np.asarray(corners(), int)).max() <= 12
+
+
+def test_a_picture_whose_file_was_closed_before_it_was_read_says_so(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as closed:
+        pass
+    with pytest.raises(RequestError, match="cannot be read any more") as raised:
+        as_rgb(closed)
+    assert "load()" in raised.value.hint
 
 
 def test_one_pixel_is_an_image(tmp_path):

@@ -1,5 +1,7 @@
 """Inpainting and outpainting: what is known stays, conventions of masks, crops, windows, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -149,6 +151,25 @@ class TestCrops:
         left, top, right, bottom = pictures.crop_box(mask, 0, 64, 128)
         assert (left, right - left, bottom - top, bottom) == (0, 20, 10, 60)
 
+    def test_every_pixel_outside_is_preserved_where_the_mask_is_soft_too(self, fake):
+        image, mask = picture(200, 120), mask_of((150, 80, 159, 89), 200, 120)
+        ImageDraw.Draw(mask).rectangle((140, 80, 149, 89), fill=100)  # counts as black
+        asked_for = asked(image=image, mask_image=mask, padding_mask_crop=5, height=64, width=64)
+        outside = np.asarray(mask) < 128
+        for preserve in (True, None):
+            drawn = np.asarray(fake().generate(replace(asked_for, preserve=preserve)).images[0])
+            assert (drawn == np.asarray(image))[outside].all() == (preserve is True)
+
+    @pytest.mark.parametrize("size", [(20_000, 40), (4_000, 5)])
+    def test_a_strip_that_would_cover_a_wall_is_refused_and_a_thin_one_is_drawn(self, fake, size):
+        image, mask = picture(*size), Image.new("L", size, 255)
+        request = asked(image=image, mask_image=mask, padding_mask_crop=0, height=64, width=64)
+        if size[0] ** 2 > pictures.LARGEST_PIXELS:
+            with pytest.raises(RequestError, match="a strip too long for 64x64"):
+                fake().resolve(request)
+        else:
+            assert fake().generate(request).images[0].size == size
+
     def test_of_an_empty_mask_there_is_none(self, fake):
         with pytest.raises(RequestError, match="all black"):
             fake().resolve(asked(mask_image=Image.new("L", (64, 64)), padding_mask_crop=8))
@@ -243,7 +264,13 @@ class TestWindows:
         ({"mask_image": None, "outpaint": {}}, "outpaint grows no side"),
         ({"mask_image": None, "outpaint": 64}, "outpaint is 64"),
         ({"mask_image": None, "outpaint": {"left": 16}, "fill": "purplish"}, "fill is 'purplish'"),
+        ({"mask_image": None, "outpaint": {"left": 16}, "fill": 128}, "fill is 128"),
+        ({"mask_image": None, "outpaint": {"left": 16}, "fill": "rgb(300,0,0)"}, r"fill is 'rgb\(300,0,0\)'"),
         ({"mask_image": None, "outpaint": {"left": 5}}, "69x64"),
+        (
+            {"mask_image": None, "image": picture(65_536, 16), "outpaint": {"top": 4096, "bottom": 4096}},
+            "outpaint makes 65536x16 pixels 65536x8208, more than 16777216",
+        ),
         ({"mask_image": None, "fill": "edge"}, "fill is given, but there is no outpaint"),
         ({"mask_image": None, "mask_mode": "soft"}, "mask_mode is given, but there is no mask_image"),
         ({"noise_level": 3}, "noise_level is for upscaling, which this bundle cannot do"),

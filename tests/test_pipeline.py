@@ -165,11 +165,30 @@ def test_encode_and_decode_are_inverse_on_what_the_vae_keeps(fake):
 
 
 @pytest.mark.parametrize(
-    "latents", [np.zeros((4, 8, 8), np.float32), np.zeros((1, 3, 8, 8), np.float32), np.zeros((1, 4, 8, 8))], ids=str
+    "latents",
+    [np.zeros((4, 8, 8), np.float32), np.zeros((1, 3, 8, 8), np.float32), np.zeros((1, 4, 8, 8)), [[[[0.0]]]]],
+    ids=str,
 )
 def test_latents_of_another_form_are_refused(fake, latents):
-    with pytest.raises(RequestError):
+    with pytest.raises(RequestError, match="latents are"):
         fake().decode(latents)
+
+
+def test_an_image_is_encoded_as_every_task_takes_it(fake):
+    from PIL import Image
+
+    clear, white = Image.new("RGBA", (64, 64)), Image.new("RGB", (64, 64), "white")
+    np.testing.assert_array_equal(fake().encode(clear), fake().encode(white))
+    with pytest.raises(RequestError, match="image is str"):
+        fake().encode("a.png")
+
+
+@pytest.mark.parametrize(
+    "options", [{"negative_prompt": "blue"}, {"guidance_rescale": 0.5}, {"guidance_end": 0.5}], ids=str
+)
+def test_what_does_nothing_without_guidance_is_told(fake, options):
+    (warning,) = fake().generate("red", num_inference_steps=2, guidance_scale=1.0, **options).warnings
+    assert warning == f"guidance_scale 1 is without guidance, so {next(iter(options))} did nothing"
 
 
 def test_an_image_off_the_vaes_grid_is_refused(fake):

@@ -148,6 +148,7 @@ def build_bundle(
     golden = listed[0] if listed else None
     _check_batch(options.get("--batch", "1"))
     _check_backend(options.get("--backend", "auto"))
+    _check_precision(options.get("--precision", "auto"), options.get("--backend", "auto"))
     check_replaceable(out, mark="bundle.json", overwrite=force)
     check_writable(out)
     folder = model_folder(model)
@@ -256,6 +257,17 @@ def _check_backend(backend: str) -> None:
     needed = "openvino" if backend == "auto" else backend
     if all(find_spec(name) is None for name in BACKEND_MODULES.get(needed, (needed,))):
         raise BuildError(f"the backend {needed} is not installed", hint=BACKEND_INSTALLS[needed])
+
+
+def _check_precision(precision: str, backend: str) -> None:
+    from sdrt.runners.precisions import precisions_of
+
+    name = "openvino" if backend == "auto" else backend
+    possible = precisions_of(name)
+    if precision not in ("auto", *possible):
+        raise BuildError(
+            f"{name} cannot build {precision} on this machine", hint=f"choose one of: auto, {', '.join(possible)}"
+        )
 
 
 def check_diffusers_folder(folder: Path, sizes: Sequence[Size]) -> None:

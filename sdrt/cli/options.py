@@ -48,10 +48,15 @@ def chosen_size(size: str | None, width: int | None, height: int | None) -> tupl
 
 
 def numbered(out: Path, count: int) -> list[Path]:
-    """Where `count` images go: out.png, or out-1.png, out-2.png…"""
-    if count == 1:
-        return [out]
-    return [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, count + 1)]
+    """Where `count` images go: out.png, or out-1.png, out-2.png… Raises RequestError as `beside` does."""
+    return [out] if count == 1 else [beside(out, str(number)) for number in range(1, count + 1)]
+
+
+def beside(out: Path, ending: str) -> Path:
+    """Where another picture of the same kind goes: out-ENDING.png. Raises RequestError for a path without a name."""
+    if not out.name:
+        raise RequestError(f"--out is {str(out)!r}, a folder", hint="name a file")
+    return out.with_name(f"{out.stem}-{ending}{out.suffix}")
 
 
 def check_outputs(paths: Sequence[Path], suffix: str, *, force: bool) -> None:

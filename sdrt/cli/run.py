@@ -5,11 +5,22 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from sdrt.cli.options import AsJson, BundleFolder, Force, OnProvider, Threads, check_outputs, chosen_size, numbered
+from sdrt.cli.options import (
+    AsJson,
+    BundleFolder,
+    Force,
+    OnProvider,
+    Threads,
+    beside,
+    check_outputs,
+    chosen_size,
+    numbered,
+)
 from sdrt.cli.pictures import check_same_picture, open_pictures
 from sdrt.cli.task_options import (
     Composed,
@@ -91,10 +102,13 @@ REQUEST_FIELDS = (
 # What an option says anew of a remembered image: the others of its kind no longer hold.
 _STEPS = ("num_inference_steps", "timesteps", "sigmas")
 _INSTEAD = {name: tuple(other for other in _STEPS if other != name) for name in _STEPS} | {
-    "scheduler": ("eta", "timesteps", "sigmas")
+    "scheduler": ("eta", "timesteps", "sigmas"),
+    "outpaint": ("height", "width"),
+    "mask_mode": ("mask_blur",),
 }
 
-_WEIGHTED = re.compile(r"(.*):([+-]?(?:\d+\.?\d*|\.\d+))", re.DOTALL)
+MOST_OF_A_PROMPT = 60  # characters that are shown
+_WEIGHTED = re.compile(r"(.*):\s*([+-]?(?:\d+\.?\d*|\.\d+))", re.DOTALL)
 
 Number = TypeVar("Number", int, float)
 
@@ -304,7 +318,7 @@ def run(
     remembered = {} if from_image is None else _remembered(from_image)
     request, images, sealed = _request(bundle, remembered, options)
     paths = numbered(out, images)
-    sheet = out.with_name(f"{out.stem}-grid{out.suffix}") if grid else None
+    sheet = beside(out, "grid") if grid else None
     check_outputs([*paths, *([] if sheet is None else [sheet])], ".png", force=force)
     with progress_bar() as progress:
         result = draw(sealed, request, threads=threads, provider=provider, progress=progress)
@@ -481,6 +495,10 @@ def _summary(result: "Result", paths: Sequence[Path], sheet: Path | None) -> "li
         ("image" if len(paths) == 1 else "images", names),
         *([] if sheet is None else [("grid", str(sheet))]),
         ("seed" if len(paths) == 1 else "seeds", seeds),
+        *[
+            ("composed with", f"{shorten(text, MOST_OF_A_PROMPT)!r} times {weight:g}")
+            for text, weight in request.composed_prompts
+        ],
         ("size", ", then ".join(f"{each.width}x{each.height}" for each in request.passes)),
         ("text encoder", seconds_text(timings.text_encoder_seconds)),
         (

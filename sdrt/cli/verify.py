@@ -42,6 +42,8 @@ def verify(
 
     if bound is not None and bisect is None:
         raise RequestError("--bound was given without --bisect", hint="name the model: --bisect MODEL")
+    if provider is not None and bisect is not None:
+        raise RequestError("--provider was given beside --bisect, which runs on the CPU", hint="leave one of them out")
     opened = Bundle.open(bundle)
     if bisect is None:
         _verify(opened, threads, provider, as_json=as_json)

@@ -26,6 +26,7 @@ from sdrt.tasks.resampling import bicubic
 
 DEFAULT_STRENGTH = 0.8
 _FLAT = "the depth is the same everywhere: all of it counts as far"
+_NEAR_OVERFLOW = np.float32(1e30)
 _SHAPE_TOLERANCE = 0.02  # between the shapes of image and depth: estimators round sizes
 
 
@@ -127,6 +128,8 @@ def normalised(depth: FloatArray) -> FloatArray:
     low, high = depth.min(), depth.max()
     if low == high:
         return np.full_like(depth, -1)
+    if max(-low, high) > _NEAR_OVERFLOW:  # a map that marks gaps with the largest number there is
+        return normalised(depth / _NEAR_OVERFLOW)
     unit: FloatArray = np.float32(2) * (depth - low) / (high - low) - np.float32(1)
     return unit
 

@@ -66,6 +66,7 @@ class Inpainting:
             image, mask = (pictures.resize(each, height, width) for each in (self.image, self.mask))
             return replace(self, image=image, mask=mask)
         box = pictures.crop_box(self.mask, self.padding, height, width)
+        pictures.check_covering((width, height), box[3] - box[1], box[2] - box[0])
         image, mask = (pictures.fitted(each.crop(box), height, width) for each in (self.image, self.mask))
         return replace(self, image=image, mask=mask, whole=(self.image, self.mask), box=box)
 
@@ -108,7 +109,9 @@ class Inpainting:
             left, top, right, bottom = self.box
             drawn = self.whole[0].copy()
             drawn.paste(pictures.covering(image, bottom - top, right - left), (left, top))
-            return pictures.composite(drawn, *self.whole)
+            image, mask = self.whole
+            exact = self.preserve and self.blur is None
+            return pictures.composite(drawn, image, pictures.binarised(mask) if exact else mask)
         return pictures.composite(image, self.image, self._drawn()) if self.preserve else image
 
     def warnings(self) -> tuple[str, ...]:

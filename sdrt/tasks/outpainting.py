@@ -12,6 +12,7 @@ from sdrt.bundle import JsonValue, ModelRecord
 from sdrt.checks import check_whole, shown
 from sdrt.conditions import Start
 from sdrt.errors import RequestError
+from sdrt.image import LARGEST_PIXELS
 from sdrt.plan import SamplingPlan
 from sdrt.request import Request
 from sdrt.tasks import pictures
@@ -80,6 +81,7 @@ def read_outpainting(request: Request, model: ModelRecord) -> Outpainting:
     """The task of a request with an image and margins. Raises RequestError."""
     image = pictures.check_picture("image", request.image)
     margins = _check_margins(request.outpaint)
+    _check_canvas(image, margins)
     fill = EDGE if request.fill is None else request.fill
     inside = inpainting_of(request, model, _canvas(image, margins, fill), _mask(image, margins), preserve=True)
     return Outpainting(inside=inside, image_sha256=pictures.pixels_sha256(image), margins=margins, fill=fill)
@@ -110,6 +112,16 @@ def _check_margins(margins: object) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
+def _check_canvas(image: Image.Image, margins: tuple[int, int, int, int]) -> None:
+    left, top, right, bottom = margins
+    width, height = image.width + left + right, image.height + top + bottom
+    if width * height > LARGEST_PIXELS:
+        raise RequestError(
+            f"outpaint makes {image.width}x{image.height} pixels {width}x{height}, more than {LARGEST_PIXELS}",
+            hint="grow it by less",
+        )
+
+
 def _canvas(image: Image.Image, margins: tuple[int, int, int, int], fill: str) -> Image.Image:
     left, top, right, bottom = margins
     pixels = np.asarray(image)
@@ -121,10 +133,12 @@ def _canvas(image: Image.Image, margins: tuple[int, int, int, int], fill: str) -
     if fill == NOISE:
         canvas[new] = np.random.default_rng(_NOISE_SEED).integers(0, 256, (int(new.sum()), 3), np.uint8)
         return Image.fromarray(canvas)
+    hint = f"give {EDGE}, {NOISE} or a colour: white, #204080"
+    if not isinstance(fill, str):
+        raise RequestError(f"fill is {shown(fill)}", hint=hint)
     try:
         canvas[new] = ImageColor.getrgb(fill)[:3]
-    except (ValueError, AttributeError) as error:
-        hint = f"give {EDGE}, {NOISE} or a colour: white, #204080"
+    except (ValueError, AttributeError, OverflowError) as error:
         raise RequestError(f"fill is {shown(fill)}", hint=hint) from error
     return Image.fromarray(canvas)
 

@@ -27,7 +27,10 @@ def check_mask(name: str, value: object) -> Image.Image:
 
 def check_depth(name: str, value: object) -> FloatArray:
     """A depth map, an image or an array, as float32 [H, W]. Raises RequestError for other shapes, NaN and infinity."""
-    values = as_depth(value) if isinstance(value, Image.Image) else np.asarray(value)
+    try:
+        values = as_depth(value) if isinstance(value, Image.Image) else np.asarray(value)
+    except ValueError as error:  # a list whose rows are not of one length
+        raise RequestError(f"{name} is no array: {error}", hint="give numbers [height, width]") from error
     if values.ndim != 2 or values.size == 0 or values.dtype.kind not in "fiu":
         raise RequestError(
             f"{name} is {type(value).__name__} of {values.dtype} {list(values.shape)}",
@@ -150,8 +153,18 @@ def covering(image: Image.Image, height: int, width: int) -> Image.Image:
     return scaled.crop((left, top, left + width, top + height))
 
 
+def check_covering(image_size: tuple[int, int], height: int, width: int) -> None:
+    """RequestError where an image of that (width, height) would get too large before it covers this size."""
+    factor = max(height / image_size[1], width / image_size[0])
+    if image_size[0] * image_size[1] * factor**2 > LARGEST_PIXELS:
+        raise RequestError(
+            f"padding_mask_crop cuts {width}x{height} pixels out, a strip too long for {image_size[0]}x{image_size[1]}",
+            hint="give a height and width of a like shape, or mark less with the mask",
+        )
+
+
 def _in_shape(image: Image.Image, height: int, width: int, *, by_width: bool) -> tuple[int, int]:
     """(width, height) of the image's own shape that has one side of these."""
     if by_width:
-        return width, image.height * width // image.width
-    return image.width * height // image.height, height
+        return width, max(1, image.height * width // image.width)
+    return max(1, image.width * height // image.height), height

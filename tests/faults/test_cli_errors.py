@@ -98,6 +98,26 @@ def test_one_existing_output_of_several_stops_all(tiny_bundle, tmp_path, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["a-2.png"]
 
 
+@pytest.mark.parametrize("out", [".", "/", ""])
+@pytest.mark.parametrize("options", [(), ("-n", 2), ("--grid",)])
+def test_an_output_without_a_name(out, options, tiny_bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failed(capsys, 2, "run", tiny_bundle, "x", *options, "--out", out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_precision_that_the_backend_lacks_is_refused_before_anything_is_exported(tiny_checkpoint, tmp_path, capsys):
+    error, hint = failed(capsys, 1, "build", tiny_checkpoint, "--precision", "fp16", "--out", tmp_path / "a.sdrt")
+    assert error == "error: openvino cannot build fp16 on this machine"
+    assert "auto" in hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bisecting_names_no_provider(tiny_bundle, tiny_checkpoint, capsys):
+    error, _ = failed(capsys, 2, "verify", tiny_bundle, "--bisect", tiny_checkpoint, "--provider", "cuda")
+    assert "--provider was given beside --bisect" in error
+
+
 @pytest.mark.parametrize(("name", "code"), [("a.jpg", 2), ("nowhere/a.png", 1)])
 def test_an_output_that_cannot_be_written(name, code, tiny_bundle, tmp_path, capsys):
     failed(capsys, code, "run", tiny_bundle, "x", "--out", tmp_path / name)
