@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -58,6 +59,8 @@ _SET_ANEW: Mapping[ModelTask, Mapping[str, object]] = {
     "inpainting": {"steps_offset": 1, "skip_prk_steps": True},
 }
 UPSCALING_FACTOR = 0.08333
+_USUAL_SAMPLE = 64  # latent pixels a side
+_OLD_SAMPLES: tuple[ModelTask, ...] = ("text-to-image", "inpainting", "depth-to-image")  # whose pipelines set it anew
 STEERED: tuple[ModelTask, ...] = ("text-to-image", "inpainting")  # the checkpoints that ControlNets go with
 _LARGEST_HEADER_BYTES = 100 * 2**20
 
@@ -124,9 +127,18 @@ class Checkpoint:
     @property
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was trained for."""
-        sample = self.configs["unet"].get("sample_size", 64)
+        sample = self.configs["unet"].get("sample_size")
+        sample = _USUAL_SAMPLE if sample is None else sample
+        if isinstance(sample, int) and self.task in _OLD_SAMPLES and _is_old(self.configs["unet"]):
+            sample = max(sample, _USUAL_SAMPLE)
         height, width = sample if isinstance(sample, list) else (sample, sample)
         return height * self.vae_downsample, width * self.vae_downsample
+
+
+def _is_old(config: Mapping[str, Any]) -> bool:
+    """Whether a version of diffusers below 0.9 wrote it, whose converter told half of the UNet's size."""
+    match = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version", "")))
+    return match is not None and (int(match[1]), int(match[2])) < (0, 9)
 
 
 def open_checkpoint(path: Path, controlnets: Sequence[Path] = (), tiny_vae: Path | None = None) -> Checkpoint:
@@ -153,7 +165,7 @@ def open_checkpoint(path: Path, controlnets: Sequence[Path] = (), tiny_vae: Path
         configs=configs,
         weights={name: files for name, (files, _) in located.items()},
         variant={name: variant for name, (_, variant) in located.items()},
-        scheduler_class=str(scheduler.get("_class_name", index["scheduler"][1])),
+        scheduler_class=str(index["scheduler"][1]),
         scheduler_config=scheduler,
         noise_augmentation=_noise_augmentation(path, index),
         depth_estimation=_depth_estimation(path, configs),
@@ -189,6 +201,8 @@ def identity_of(checkpoint: Checkpoint, store: Store) -> str:
     folders = ("tokenizer", "scheduler")
     files = [path for folder in folders for path in sorted((checkpoint.path / folder).rglob("*")) if path.is_file()]
     others = {path.relative_to(checkpoint.path).as_posix(): store.sha256(path) for path in files}
+    if checkpoint.scheduler_class != checkpoint.scheduler_config.get("_class_name"):
+        others["scheduler"] = checkpoint.scheduler_class
     if checkpoint.noise_augmentation is not None:
         others["low_res_scheduler"] = store.sha256(checkpoint.path / "low_res_scheduler" / "scheduler_config.json")
     for name in (name for name in checkpoint.weights if name != TINY_VAE):
@@ -214,7 +228,7 @@ def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
         default_height=height,
         default_width=width,
         scheduler_class=checkpoint.scheduler_class,
-        scheduler_config=_as_the_pipeline_sets_it(checkpoint),
+        scheduler_config=pipeline_scheduler_config(checkpoint),
         noise_augmentation=checkpoint.noise_augmentation,
         depth_estimation=checkpoint.depth_estimation,
         controlnets=tuple(control.name for control in checkpoint.controlnets),
@@ -240,13 +254,14 @@ def _scaling_factor(checkpoint: Checkpoint) -> float:
     return float(checkpoint.configs["vae"].get("scaling_factor", 0.18215))
 
 
-def _as_the_pipeline_sets_it(checkpoint: Checkpoint) -> dict[str, Any]:
-    """diffusers' pipelines override scheduler fields of old checkpoints, and so must we.
+def pipeline_scheduler_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The scheduler's config as diffusers' pipeline sets it: some override fields of old checkpoints.
 
-    A field that the config lacks is overridden too where the class has it, but not handed on to other classes.
+    Those with ControlNets do not, and a bundle that has some draws everything as they do. A field that the config lacks
+    is overridden too where the class has it, but not handed on to other classes.
     """
     config, scheduler_class = checkpoint.scheduler_config, checkpoint.scheduler_class
-    forced = _SET_ANEW.get(checkpoint.task, {})
+    forced: Mapping[str, object] = {} if checkpoint.controlnets else _SET_ANEW.get(checkpoint.task, {})
     set_anew = {**config, **{name: value for name, value in forced.items() if name in config}}
     family = FAMILIES.get(scheduler_class)
     if (
@@ -338,7 +353,10 @@ def _check_pipeline(path: Path, index: Mapping[str, Any]) -> None:
     kind = str(index.get("_class_name"))
     if kind not in SUPPORTED_PIPELINES:
         described = f" ({_KNOWN_PIPELINES[kind]})" if kind in _KNOWN_PIPELINES else ""
-        raise CheckpointError(f"{path} is a {kind}{described}", hint=_SUPPORTED)
+        steered = "build the checkpoint without it, and add it with: --controlnet FOLDER/controlnet"
+        raise CheckpointError(
+            f"{path} is a {kind}{described}", hint=f"{_SUPPORTED}; {steered}" if "ControlNet" in kind else _SUPPORTED
+        )
     for component in (*COMPONENT_CLASSES, "tokenizer", "scheduler"):
         entry = index.get(component)
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
@@ -378,7 +396,8 @@ def _check_task(checkpoint: Checkpoint, pipeline: str) -> None:
     task = checkpoint.task
     if task not in SUPPORTED_PIPELINES[pipeline]:
         raise CheckpointError(
-            f"{checkpoint.path} is a {pipeline}, but its UNet is one for {task}", hint="download the checkpoint again"
+            f"{checkpoint.path} is a {pipeline}, but its UNet is one for {task}",
+            hint=f"if that is right, name {_pipeline_of(task)} as _class_name in model_index.json",
         )
     for needed, there, what in (
         (task == "upscaling", checkpoint.num_class_embeds is not None, "num_class_embeds"),
@@ -387,6 +406,10 @@ def _check_task(checkpoint: Checkpoint, pipeline: str) -> None:
         if needed != there:
             verb = "lacks" if needed else "has"
             raise CheckpointError(f"{checkpoint.path}, made for {task}, {verb} {what}", hint=_SUPPORTED)
+
+
+def _pipeline_of(task: ModelTask) -> str:
+    return next(name for name, tasks in SUPPORTED_PIPELINES.items() if tasks[0] == task)
 
 
 def _component_folder(path: Path, name: str) -> Path:
@@ -411,30 +434,42 @@ def _locate_weights(folder: Path) -> tuple[tuple[Path, ...], str | None]:
             f"{folder} holds only pickled weights, which can run code when loaded",
             hint="convert them first: load with diffusers and save_pretrained(..., safe_serialization=True)",
         )
+    others = [path.name for path in folder.iterdir() if path.suffix == ".safetensors"]
+    if others:
+        names = "diffusion_pytorch_model.safetensors or model.safetensors"
+        raise CheckpointError(
+            f"{folder} holds {others[0]} alone, under no name that is loaded", hint=f"name it {names}"
+        )
     raise CheckpointError(f"{folder} holds no safetensors weights", hint="download the whole checkpoint again")
 
 
 def _weights_of_variant(folder: Path, variant: str | None) -> tuple[Path, ...]:
+    """Those that the libraries would load: diffusers looks for an index first, transformers for a single file."""
     infix = "" if variant is None else f".{variant}"
-    for stem in ("diffusion_pytorch_model", "model"):
-        single = folder / f"{stem}{infix}.safetensors"
-        if single.is_file():
+    for stem, index_first in (("diffusion_pytorch_model", True), ("model", False)):
+        single, index = folder / f"{stem}{infix}.safetensors", folder / f"{stem}.safetensors.index{infix}.json"
+        if single.is_file() and not (index_first and index.is_file()):
             return (single,)
-        index = folder / f"{stem}.safetensors.index{infix}.json"
         if index.is_file():
             return tuple(_shards(folder, _read_json(index)))
     return ()
 
 
 def _shards(folder: Path, index: Mapping[str, Any]) -> Iterator[Path]:
-    for name in sorted(set(index["weight_map"].values())):
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"the weight index of {folder} names no files", hint="download the checkpoint again")
+    for name in sorted(set(places.values())):
         pure = PurePosixPath(name)
         if pure.name != name or os.sep in name or "\\" in name or "\0" in name:
             raise CheckpointError(
                 f"the weight index of {folder} names {name!r}, outside it", hint="do not use this file"
             )
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing", hint="download the whole checkpoint again")
+            raise CheckpointError(
+                f"{folder / name} is missing, which the weight index names",
+                hint="download the whole checkpoint again; beside a single file, delete the index",
+            )
         yield folder / name
 
 

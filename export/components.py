@@ -12,6 +12,7 @@ from sdrt.bundle import DepthEstimation
 from sdrt.errors import ExportError
 from sdrt.export.checkpoint import COMPONENT_CLASSES, CONTROLNET, TINY_VAE, Checkpoint
 from sdrt.export.controlnet import CONTROLNET_CLASS
+from sdrt.export.loading import load_network
 from sdrt.export.tiny_vae import TINY_VAE_CLASS
 
 MAX_BATCH = 63  # torch.export specialises a traced batch at 64
@@ -181,17 +182,16 @@ class ComponentSpec:
     checked_with: tuple[tuple[int, int, int], ...]
 
 
-def _load_text_encoder(checkpoint: Checkpoint) -> nn.Module:
+def load_text_encoder(checkpoint: Checkpoint, **options: object) -> nn.Module:
+    """The checkpoint's text encoder in float32, as transformers makes it. Raises CheckpointError."""
     from transformers import CLIPTextModel
 
-    model = CLIPTextModel.from_pretrained(
-        checkpoint.path / "text_encoder",
-        dtype=torch.float32,
-        variant=checkpoint.variant["text_encoder"],
-        use_safetensors=True,
-        attn_implementation="eager",
-    )
-    return TextEncoder(model.eval())
+    folder, variant = checkpoint.path / "text_encoder", checkpoint.variant["text_encoder"]
+    return load_network(CLIPTextModel, folder, variant=variant, dtype=torch.float32, **options)
+
+
+def _text_encoder_to_trace(checkpoint: Checkpoint) -> nn.Module:
+    return TextEncoder(load_text_encoder(checkpoint, attn_implementation="eager"))
 
 
 def load_depth_estimator(checkpoint: Checkpoint) -> nn.Module:
@@ -251,34 +251,23 @@ def _standardise(layer: Any) -> None:  # noqa: ANN401  (a class that transformer
 
 
 def load_component(checkpoint: Checkpoint, folder: str) -> nn.Module:
-    """The checkpoint's UNet or VAE, or the tiny VAE beside it, in float32, as diffusers makes it."""
+    """The checkpoint's UNet or VAE, or the tiny VAE beside it, in float32, as diffusers makes it.
+
+    Raises CheckpointError.
+    """
     import diffusers
 
-    classes = {**COMPONENT_CLASSES, TINY_VAE: TINY_VAE_CLASS}
-    model: nn.Module = getattr(diffusers, classes[folder]).from_pretrained(
-        checkpoint.folder(folder),
-        torch_dtype=torch.float32,
-        variant=checkpoint.variant[folder],
-        use_safetensors=True,
-        local_files_only=True,
-    )
-    return model.eval()
+    kind = getattr(diffusers, {**COMPONENT_CLASSES, TINY_VAE: TINY_VAE_CLASS}[folder])
+    return load_network(kind, checkpoint.folder(folder), variant=checkpoint.variant[folder], torch_dtype=torch.float32)
 
 
 def load_controlnets(checkpoint: Checkpoint) -> list[nn.Module]:
-    """The checkpoint's ControlNets in float32, as diffusers makes them."""
+    """The checkpoint's ControlNets in float32, as diffusers makes them. Raises CheckpointError."""
     import diffusers
 
+    kind = getattr(diffusers, CONTROLNET_CLASS)
     return [
-        getattr(diffusers, CONTROLNET_CLASS)
-        .from_pretrained(
-            control.path,
-            torch_dtype=torch.float32,
-            variant=control.variant,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-        .eval()
+        load_network(kind, control.path, variant=control.variant, torch_dtype=torch.float32)
         for control in checkpoint.controlnets
     ]
 
@@ -424,7 +413,7 @@ COMPONENTS: Mapping[str, ComponentSpec] = {
             name="text_encoder",
             source="text_encoder",
             output="last_hidden_state",
-            build=_load_text_encoder,
+            build=_text_encoder_to_trace,
             examples=_text_examples,
             dynamic=_text_dynamic,
             traced_with=(2, 77, 0),

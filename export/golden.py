@@ -1,6 +1,6 @@
 """The reference image: what diffusers draws in float32, for the engines to be held to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sdrt.bundle import ModelTask
-from sdrt.export.checkpoint import Checkpoint
+from sdrt.errors import CheckpointError, RequestError
+from sdrt.export.checkpoint import Checkpoint, pipeline_scheduler_config
 from sdrt.exported import GoldenRequest
 from sdrt.golden import golden_fields
+from sdrt.plan import build_plan
 
 PROMPT = "a large red circle left of a small blue star on a white background"
 STEPS = 4
@@ -43,17 +45,36 @@ _WITHOUT: Mapping[ModelTask, Mapping[str, object]] = {
 
 
 def golden_request(checkpoint: Checkpoint, size: tuple[int, int] | None) -> GoldenRequest:
-    """The request that the reference answers; size is (height, width), by default the model's own."""
+    """The request that the reference answers; size is (height, width), by default the model's own.
+
+    CheckpointError: the checkpoint's scheduler is none that sdrt plans, or has fields that it cannot honour.
+    """
     height, width = checkpoint.default_size if size is None else size
     unet_bytes = sum(path.stat().st_size for path in checkpoint.weights["unet"])
+    counts = (STEPS_OF_A_LARGE_MODEL, STEPS) if unet_bytes > LARGE_BYTES else (STEPS,)
     return GoldenRequest(
         prompt=PROMPT,
         seed=0,
-        num_inference_steps=STEPS_OF_A_LARGE_MODEL if unet_bytes > LARGE_BYTES else STEPS,
+        num_inference_steps=_first_possible(counts, checkpoint),
         guidance_scale=7.5,
         height=height,
         width=width,
     )
+
+
+def _first_possible(counts: Sequence[int], checkpoint: Checkpoint) -> int:
+    """The first number of steps that the checkpoint's own scheduler takes: some need four."""
+    config = pipeline_scheduler_config(checkpoint)
+    for count in counts:
+        try:
+            build_plan(scheduler_class=checkpoint.scheduler_class, scheduler_config=config, num_inference_steps=count)
+        except RequestError as error:
+            refused = error
+        else:
+            return count
+    raise CheckpointError(
+        f"{checkpoint.path / 'scheduler'} cannot be planned: {refused.message}", hint=refused.hint
+    ) from refused
 
 
 def reference_name() -> str:
@@ -65,16 +86,9 @@ def draw_reference(checkpoint: Checkpoint, request: GoldenRequest) -> npt.NDArra
     """The image of the diffusers pipeline that the checkpoint was made for, uint8 [H, W, 3]."""
     import diffusers
     import torch
-    from transformers import CLIPTextModel
 
-    from sdrt.export.components import load_component, load_controlnets, load_depth_pair
+    from sdrt.export.components import load_component, load_controlnets, load_depth_pair, load_text_encoder
 
-    text_encoder = CLIPTextModel.from_pretrained(
-        checkpoint.path / "text_encoder",
-        dtype=torch.float32,
-        variant=checkpoint.variant["text_encoder"],
-        use_safetensors=True,
-    )
     estimates_depth = checkpoint.depth_estimation is not None
     others = dict(_WITHOUT[checkpoint.task])
     if estimates_depth:
@@ -86,7 +100,7 @@ def draw_reference(checkpoint: Checkpoint, request: GoldenRequest) -> npt.NDArra
         checkpoint.path,
         unet=load_component(checkpoint, "unet"),
         vae=load_component(checkpoint, "vae"),
-        text_encoder=text_encoder.eval(),
+        text_encoder=load_text_encoder(checkpoint),
         local_files_only=True,
         **others,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from sdrt.bundle import JsonValue
 from sdrt.cache import Store, cache_key
 from sdrt.export.checkpoint import (
     CONTROLNET,
@@ -141,7 +142,7 @@ def _component_key(checkpoint: Checkpoint, name: str, store: Store) -> str:
         component=name,
         exporter=EXPORTER_VERSION,
         files=dict(component_hashes(checkpoint, SOURCES[name], store)),
-        versions={package: version(package) for package in ("torch", "diffusers", "transformers", "onnxscript")},
+        versions=_versions("torch", "diffusers", "transformers", "onnxscript", "onnx-ir"),
     )
 
 
@@ -151,5 +152,10 @@ def _image_key(record: ExportRecord) -> str:
         exporter=EXPORTER_VERSION,
         identity=record.model.identity,
         reference=record.reference,
+        versions=_versions("transformers", "pillow"),
         request=msgspec.to_builtins(record.golden),
     )
+
+
+def _versions(*packages: str) -> dict[str, JsonValue]:
+    return {package: version(package) for package in packages}

@@ -41,6 +41,17 @@ def test_the_model_record_names_them_in_order(tiny_checkpoint, tiny_controlnets,
     assert (record.controlnets, record.control_features) == (("bgr", "rgb"), 16)
 
 
+def test_the_scheduler_is_left_as_it_is_as_the_pipelines_with_controlnets_do(
+    tiny_checkpoint, tiny_controlnets, tmp_path
+):
+    changed = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    config = changed / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"steps_offset": 0}))
+    store = Store(tmp_path / "cache")
+    steered, plain = (model_record(open_checkpoint(changed, each), store) for each in (tiny_controlnets, ()))
+    assert (steered.scheduler_config["steps_offset"], plain.scheduler_config["steps_offset"]) == (0, 1)
+
+
 def test_another_controlnet_is_another_model_and_another_network(tiny_checkpoint, tiny_controlnets, tmp_path):
     store = Store(tmp_path / "cache")
     first, second = tiny_controlnets

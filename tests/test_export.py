@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -135,6 +136,37 @@ def test_only_what_changed_has_another_key(tiny_checkpoint, tmp_path):
     assert component_hashes(before, "vae", store) != component_hashes(after, "vae", store)
     assert identity_of(before, store) != identity_of(after, store)
     assert model_record(after, store).vae_scaling_factor == 0.5
+
+
+@pytest.mark.parametrize(
+    ("written_by", "sample", "side"),
+    [("0.8.0", 32, 64), ("0.7.2", 32, 64), ("0.8.0", 96, 96), ("0.9.0", 32, 32), ("0.10.0", 32, 32), (None, 32, 32)],
+)
+def test_old_configs_that_tell_half_of_the_size_are_set_right_as_the_pipelines_do(
+    tiny_checkpoint, tmp_path, written_by, sample, side
+):
+    path = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    config = path / "unet" / "config.json"
+    changed = json.loads(config.read_text()) | {"sample_size": sample, "_diffusers_version": written_by}
+    config.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
+    assert open_checkpoint(path).default_size == (8 * side, 8 * side)
+
+
+def test_a_size_that_the_config_leaves_open_is_that_of_stable_diffusion(tiny_checkpoint, tmp_path):
+    path = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    config = path / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
+    assert open_checkpoint(path).default_size == (512, 512)
+
+
+def test_the_scheduler_s_class_is_that_of_the_index_and_a_part_of_the_identity(tiny_checkpoint, tmp_path):
+    path, store = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model")), Store(tmp_path / "cache")
+    before = model_record(open_checkpoint(path), store)
+    index = path / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "DDIMScheduler"]}))
+    after = model_record(open_checkpoint(path), store)
+    assert (before.scheduler_class, after.scheduler_class) == ("PNDMScheduler", "DDIMScheduler")
+    assert before.identity != after.identity
 
 
 def test_the_scheduler_is_what_the_pipeline_would_make_of_it(tiny_checkpoint, tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def variant_key(name: str) -> str:
     for root in (models / "checkpoint", own):
         files = (path for path in sorted(root.rglob("*")) if path.is_file())
         stamps += [[path.relative_to(models).as_posix(), *_stamp(path)] for path in files]
-    return cache_key(variant=name, files=stamps)
+    return cache_key(variant=name, made_as=json.loads(json.dumps(asdict(VARIANTS[name]))), files=stamps)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -58,16 +58,16 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def variant_checkpoint(name: str, into: Path) -> Path:
+def variant_checkpoint(name: str, into: Path, *, overwrite: bool = True) -> Path:
     """Write the whole diffusers folder of a variant to `into`/`name`, replacing one that is there; returns it.
 
     The ControlNet's folder ("edges") holds that model alone. Raises CheckpointError for a name that is not in
-    VARIANTS and for weights that are not there.
+    VARIANTS and for weights that are not there, OutputError without `overwrite` for a folder that is there.
     """
     models, own = _folders(name)
     variant, base = VARIANTS[name], models / "checkpoint"
     into.mkdir(parents=True, exist_ok=True)
-    with staged_directory(into / name, overwrite=True, durable=False) as folder:
+    with staged_directory(into / name, overwrite=overwrite) as folder:
         if variant.pipeline is not None:
             for part in sorted(path for path in base.iterdir() if path.is_dir() and not (own / path.name).exists()):
                 shutil.copytree(part, folder / part.name)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import typer
 
-from sdrt.errors import CheckpointError, RequestError
+from sdrt.errors import CheckpointError, OutputError, RequestError
 
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else on stderr.")]
 Threads: TypeAlias = Annotated[
@@ -100,7 +100,14 @@ def _variant_folder(name: str) -> Path:
     from sdrt.models.shapes.variants import variant_checkpoint, variant_key
 
     root = default_cache_root() / "models" / variant_key(name)
-    return root / name if (root / name).is_dir() else variant_checkpoint(name, root)
+    folder = root / name
+    if not folder.is_dir():
+        try:
+            variant_checkpoint(name, root, overwrite=False)
+        except OutputError:
+            if not folder.is_dir():  # else another process has just made the same
+                raise
+    return folder
 
 
 def _embedded_folder() -> Path:
