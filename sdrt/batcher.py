@@ -308,14 +308,16 @@ class Batcher:
             self._drop_batch(gone)
         self._last_size = choose_size(sizes, self._last_size)
         group = [item for item in stepping if item.size == self._last_size]
+        members = [path for item in group for path in item.prepared.trajectories]
         try:
-            batch = self._batch(self._last_size, [path for item in group for path in item.prepared.trajectories])
+            batch = self._batch(self._last_size, members)
             if batch is None:
                 return
+            members = list(batch.trajectories)
             self._note(batch, batch.advance())
         except Exception as error:  # the backend failed: these requests fail, the worker lives on
             for item in group:
-                if item in self._active:
+                if item in self._active and not set(members).isdisjoint(item.prepared.trajectories):
                     self._leave(item, error)
             self._drop_batch(self._last_size)
             return
@@ -326,11 +328,13 @@ class Batcher:
     def _batch(self, size: Size, trajectories: Sequence[Trajectory]) -> StepBatch | None:
         """The batch of exactly these trajectories: the one that runs already, or a new one after the last is collected.
 
-        None when that collection found a trajectory at fault: its request has left, so the group is another now.
+        Who joins one in the middle of a row waits for its end. None when that collection found a trajectory at fault:
+        its request has left, so the group is another now.
         """
         batch = self._batches.get(size)
         if batch is not None:
-            if list(batch.trajectories) == list(trajectories):
+            members = list(batch.trajectories)
+            if members == list(trajectories) or (batch.within_row and set(members) <= set(trajectories)):
                 return batch
             faults = batch.collect()
             self._note(batch, faults)

@@ -27,7 +27,7 @@ from sdrt.resolution import ResolvedRequest, VaeName, resolve_request, resolve_v
 from sdrt.runners import open_runner
 from sdrt.runners.base import TINY_VAE_DECODER, VAE_DECODER_FLOAT32, FloatArray, Runner
 from sdrt.sizes import check_vae_size, window_size
-from sdrt.step_batch import Faults, StepBatch, open_batch
+from sdrt.step_batch import Faults, StepBatch, advance_row, open_batch
 from sdrt.tasks.base import Drawn, Encode, EstimateDepth, Preparation
 from sdrt.tasks.pictures import check_picture, pixels_sha256
 from sdrt.text import PromptEncoder
@@ -430,7 +430,7 @@ class Pipeline:
             batches = [opened.enter_context(closing(batch)) for batch in self._batches(prepared)]
             for row in range(1, len(plan) + 1):
                 for batch in batches:
-                    _raise_first(batch.advance())
+                    _raise_first(advance_row(batch))
                 if before + row == rows:
                     break
                 if latents:

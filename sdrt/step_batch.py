@@ -23,10 +23,16 @@ class StepBatch(Protocol):
         """Who is in it."""
         ...
 
+    @property
+    def within_row(self) -> bool:
+        """Whether the last `advance` ended in the middle of a row, of which the next one is another part."""
+        ...
+
     def advance(self) -> Faults:
         """Run one row of each; on a device perhaps only queue it. Once one is finished, all are collected.
 
-        Returns the trajectories that are known by now to be not finite, each with its error.
+        A row that is more than one call of the runner ends with the call that makes `within_row` False: others may have
+        theirs in between. Returns the trajectories that are known by now to be not finite, each with its error.
         """
         ...
 
@@ -55,6 +61,14 @@ def open_batch(runner: Runner, trajectories: Sequence[Trajectory]) -> StepBatch:
     return _DeviceBatch(runner, members) if isinstance(runner, SteppingRunner) else _HostBatch(runner, members)
 
 
+def advance_row(batch: StepBatch) -> Faults:
+    """Run one whole row. See `StepBatch.advance`."""
+    faults = batch.advance()
+    while batch.within_row:
+        faults = batch.advance()
+    return faults
+
+
 def _inputs_while_alike(trajectories: Sequence[Trajectory]) -> tuple[int, dict[str, Array], dict[str, Array]]:
     """(how many rows until lanes change, what stays for them with zeros as noise, what each of them has of its own)."""
     rows = min(item.rows_alike for item in trajectories)
@@ -64,7 +78,9 @@ def _inputs_while_alike(trajectories: Sequence[Trajectory]) -> tuple[int, dict[s
 
 
 class _CollectedAtOnce:
-    """What batches have in common whose rows are over when `advance` returns."""
+    """What batches have in common whose rows are over when `advance` returns, or none of them has begun to count."""
+
+    within_row = False
 
     def __init__(self, runner: Runner, trajectories: tuple[Trajectory, ...]) -> None:
         self.trajectories = trajectories
@@ -149,32 +165,51 @@ class _HostBatch(_CollectedAtOnce):
 
 
 class _WindowBatch(_CollectedAtOnce):
-    """Each row of a trajectory is that of all its windows, a few in each call of the runner, blended on the host."""
+    """Each row of a trajectory is that of all its windows, a few in each call of the runner, blended on the host.
+
+    One `advance` is one such call. All trajectories take their row together, after the last of its calls.
+    """
+
+    def __init__(self, runner: Runner, trajectories: tuple[Trajectory, ...]) -> None:
+        super().__init__(runner, trajectories)
+        self._states: list[FloatArray] = []  # of those whose windows have all run in this row
+        self._pieces: list[FloatArray] = []  # of the next one's
+        self._spent = 0.0
+
+    @property
+    def within_row(self) -> bool:  # type: ignore[override]
+        return bool(self._states or self._pieces)
 
     def advance(self) -> Faults:
         began = time.perf_counter()
-        faults = {}
-        for item in self.trajectories:
-            state = self._next_state(item)
-            if _all_finite(state):
-                item.advance(state)
-            else:
-                faults[item] = not_finite(item)
-        self._seconds.append(time.perf_counter() - began)
+        item = self.trajectories[len(self._states)]
+        windows = item.windows
+        if windows is None:
+            raise ValueError("a trajectory without windows is among those that have some")
+        together = windows.parts[len(self._pieces) :][: windows.at_once]
+        self._pieces += run_step(self._runner, [item.within(window) for window in together])
+        if len(self._pieces) == len(windows.parts):
+            self._states.append(windows.joined(self._pieces))
+            self._pieces = []
+        over = len(self._states) == len(self.trajectories)
+        faults = self._take() if over else {}
+        self._spent += time.perf_counter() - began
+        if over:
+            self._seconds.append(self._spent)
+            self._spent = 0.0
         return faults
 
     def close(self) -> None:
         pass
 
-    def _next_state(self, item: Trajectory) -> FloatArray:
-        windows = item.windows
-        if windows is None:
-            raise ValueError("a trajectory without windows is among those that have some")
-        pieces: list[FloatArray] = []
-        for first in range(0, len(windows.parts), windows.at_once):
-            together = windows.parts[first : first + windows.at_once]
-            pieces += run_step(self._runner, [item.within(window) for window in together])
-        return windows.joined(pieces)
+    def _take(self) -> Faults:
+        states, self._states, faults = self._states, [], {}
+        for item, state in zip(self.trajectories, states, strict=True):
+            if _all_finite(state):
+                item.advance(state)
+            else:
+                faults[item] = not_finite(item)
+        return faults
 
 
 def _draw_ahead(trajectories: Sequence[Trajectory]) -> None:
@@ -194,6 +229,8 @@ class _DeviceBatch:
 
     A value that is not finite stays so from row to row, and no row mixes requests: so it is enough to look at the end.
     """
+
+    within_row = False
 
     def __init__(self, runner: SteppingRunner, trajectories: tuple[Trajectory, ...]) -> None:
         self.trajectories = trajectories

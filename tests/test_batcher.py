@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -309,6 +310,48 @@ def test_a_prompt_and_its_options_are_a_request(fake):
         assert pixels(drawn) == pixels(fake().generate("red", num_inference_steps=3, seed=1))
         with pytest.raises(RequestError, match="a request has no steps"):
             batcher.submit("red", steps=3)
+
+
+def test_a_request_beside_one_in_many_windows_waits_for_one_of_their_calls_at_a_time(fake):
+    submitted, order = threading.Event(), []
+
+    def before(name, feeds):
+        submitted.wait(10)
+        order.append((name, feeds["state"].shape[-1] if name == "step" else None))
+
+    runner = FakeRunner(before=before)
+    huge = Request(prompt="red", num_inference_steps=3, height=512, width=512, windowed=True, seed=1, scheduler="ddim")
+    small = Request(prompt="red", num_inference_steps=3, height=64, width=64, seed=2, scheduler="ddim")
+    late = replace(huge, seed=5)
+    with Batcher(fake(runner), max_batch=8) as batcher:
+        tickets = [batcher.submit(each) for each in (huge, small, late)]
+        submitted.set()
+        drawn = [pixels(ticket.result(60)) for ticket in tickets]
+        assert len(tickets[0].result().timings.step_seconds) == 3
+    sides = [side for name, side in order if name == "step"]
+    last_small = len(sides) - 1 - sides[::-1].index(8)
+    assert last_small < 12  # and not after whole rows of some tens of calls each
+    assert drawn == serially(fake(), [huge, small, late])
+
+
+def test_one_in_many_windows_can_be_cancelled_in_the_middle_of_a_row(fake):
+    gate, calls = threading.Event(), []
+
+    def before(name, feeds):
+        calls.append(name)
+        if calls.count("step") == 3:
+            gate.wait(10)
+
+    with Batcher(fake(FakeRunner(before=before)), max_batch=1) as batcher:
+        ticket = batcher.submit(Request(prompt="red", num_inference_steps=3, height=512, width=512, windowed=True))
+        while calls.count("step") < 3:
+            time.sleep(0.001)
+        ticket.cancel()
+        gate.set()
+        with pytest.raises(Cancelled):
+            ticket.result(10)
+        assert calls.count("step") <= 4
+        assert batcher.submit("red", num_inference_steps=2).result(10).images
 
 
 def test_a_full_queue_refuses_at_once(fake):

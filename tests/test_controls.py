@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from sdrt.errors import RequestError
 from sdrt.request import Request
-from sdrt.step_batch import open_batch
+from sdrt.step_batch import advance_row, open_batch
 from sdrt.windows import windows_over
 
 ONE = ("edges",)
@@ -32,7 +32,7 @@ def run(pipeline, paths, rows=None):
     """Step trajectories together to their end, or so many rows."""
     batch = open_batch(pipeline.runner, paths)
     for _ in range(len(paths[0].plan) if rows is None else rows):
-        assert batch.advance() == {}
+        assert advance_row(batch) == {}
     batch.collect()
     return paths
 

@@ -235,6 +235,20 @@ class TestWindows:
             batch.advance()
         np.testing.assert_allclose(path.latents, whole.latents[0], rtol=1e-4, atol=1e-5)
 
+    def test_one_call_of_the_engines_at_a_time_and_the_row_is_taken_after_the_last(self, fake):
+        pipeline = fake()
+        request = Request(prompt="red", num_inference_steps=2, height=256, width=256, windowed=True)
+        paths = [pipeline.prepare(pipeline.resolve(request)).trajectories[0] for _ in range(2)]
+        calls = 2 * -(-len(paths[0].windows.parts) // paths[0].windows.at_once)
+        assert calls > 2
+        batch = open_batch(pipeline.runner, paths)
+        for call in range(1, calls + 1):
+            assert batch.advance() == {}
+            assert pipeline.runner.calls["step"] == call
+            assert batch.within_row == (call < calls)
+            assert [path.row for path in paths] == [int(call == calls)] * 2
+            assert len(batch.take_seconds()) == int(call == calls)
+
     def test_are_asked_for(self, fake):
         big = Request(prompt="red", height=256, width=128, num_inference_steps=2)
         with pytest.raises(RequestError) as raised:
