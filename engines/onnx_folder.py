@@ -20,6 +20,7 @@ from sdrt.exported import (
     GoldenRequest,
     task_of_channels,
 )
+from sdrt.pipeline_configs import latent_sides, scheduler_config_of, vae_scaling_factor
 from sdrt.runners.base import (
     CONTROL_EMBEDDING,
     DEPTH_ESTIMATOR,
@@ -122,31 +123,38 @@ def _model_of_configs(path: Path) -> ModelRecord:
     unet_file, vae_file = path / "unet" / "config.json", path / "vae_decoder" / "config.json"
     unet, vae = _read_json(unet_file), _read_json(vae_file)
     scheduler = _read_json(path / "scheduler" / "scheduler_config.json")
+    scheduler_class = _scheduler_class(path, scheduler)
     levels = len(_list(unet, "block_out_channels", unet_file))
     vae_downsample = 2 ** (len(_list(vae, "block_out_channels", vae_file)) - 1)
-    side = _whole(unet, "sample_size", unet_file) * vae_downsample
     latent_channels = _whole(unet, "out_channels", unet_file) if "out_channels" in unet else 4
-    scaling = vae.get("scaling_factor", 0.18215)  # older configs of Stable Diffusion 1.x do not state it
-    if not isinstance(scaling, int | float):
-        raise CheckpointError(f"{vae_file}: scaling_factor is {scaling!r}, not a number", hint=_REEXPORT)
+    task = task_of_channels(_whole(unet, "in_channels", unet_file) - latent_channels)
+    height, width = latent_sides(task, unet)
     return ModelRecord(
         name=path.resolve().name,
         identity=_identity(path),
-        task=task_of_channels(_whole(unet, "in_channels", unet_file) - latent_channels),
+        task=task,
         latent_channels=latent_channels,
         conditioning_channels=_whole(unet, "in_channels", unet_file) - latent_channels,
         vae_downsample=vae_downsample,
         size_multiple=vae_downsample * 2 ** (levels - 1),
         noise_augmentation=_noise_augmentation(path),
         depth_estimation=_depth_estimation(path),
-        vae_scaling_factor=float(scaling),
+        vae_scaling_factor=vae_scaling_factor(task, vae),
         prompt_embeds_dim=_whole(unet, "cross_attention_dim", unet_file),
         text_length=_text_length(path),
-        default_height=side,
-        default_width=side,
-        scheduler_class=str(scheduler.get("_class_name", "")),
-        scheduler_config=dict(scheduler),
+        default_height=height * vae_downsample,
+        default_width=width * vae_downsample,
+        scheduler_class=scheduler_class,
+        scheduler_config=scheduler_config_of(task, scheduler_class, scheduler, steered=False),
     )
+
+
+def _scheduler_class(path: Path, scheduler: Mapping[str, JsonValue]) -> str:
+    """That of model_index.json, which counts in diffusers, where the exporter wrote one."""
+    index = _read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
+    entry = index.get("scheduler")
+    named = entry[1] if isinstance(entry, list) and len(entry) == 2 else scheduler.get("_class_name", "")
+    return str(named)
 
 
 def _noise_augmentation(path: Path) -> NoiseAugmentation | None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,7 +14,7 @@ from sdrt.errors import CheckpointError
 from sdrt.export.controlnet import ControlNet, check_controlnet
 from sdrt.export.tiny_vae import check_tiny_vae, check_tiny_vae_folder
 from sdrt.exported import MAX_NOISE_LEVEL, task_of_channels
-from sdrt.plan.catalog import FAMILIES
+from sdrt.pipeline_configs import latent_sides, scheduler_config_of, vae_scaling_factor
 
 COMPONENT_CLASSES: Mapping[str, str] = {
     "text_encoder": "CLIPTextModel",
@@ -53,14 +52,6 @@ _SUPPORTED = (
     "sdrt exports models of the Stable Diffusion 1.x and 2.x layout: text-to-image, inpainting, x4 upscaling, "
     "depth-to-image, InstructPix2Pix"
 )
-# What the pipelines of these checkpoints set in old scheduler configs; the others leave them as they are.
-_SET_ANEW: Mapping[ModelTask, Mapping[str, object]] = {
-    "text-to-image": {"steps_offset": 1, "clip_sample": False},
-    "inpainting": {"steps_offset": 1, "skip_prk_steps": True},
-}
-UPSCALING_FACTOR = 0.08333
-_USUAL_SAMPLE = 64  # latent pixels a side
-_OLD_SAMPLES: tuple[ModelTask, ...] = ("text-to-image", "inpainting", "depth-to-image")  # whose pipelines set it anew
 STEERED: tuple[ModelTask, ...] = ("text-to-image", "inpainting")  # the checkpoints that ControlNets go with
 _LARGEST_HEADER_BYTES = 100 * 2**20
 
@@ -127,18 +118,8 @@ class Checkpoint:
     @property
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was trained for."""
-        sample = self.configs["unet"].get("sample_size")
-        sample = _USUAL_SAMPLE if sample is None else sample
-        if isinstance(sample, int) and self.task in _OLD_SAMPLES and _is_old(self.configs["unet"]):
-            sample = max(sample, _USUAL_SAMPLE)
-        height, width = sample if isinstance(sample, list) else (sample, sample)
+        height, width = latent_sides(self.task, self.configs["unet"])
         return height * self.vae_downsample, width * self.vae_downsample
-
-
-def _is_old(config: Mapping[str, Any]) -> bool:
-    """Whether a version of diffusers below 0.9 wrote it, whose converter told half of the UNet's size."""
-    match = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version", "")))
-    return match is not None and (int(match[1]), int(match[2])) < (0, 9)
 
 
 def open_checkpoint(path: Path, controlnets: Sequence[Path] = (), tiny_vae: Path | None = None) -> Checkpoint:
@@ -222,7 +203,7 @@ def model_record(checkpoint: Checkpoint, store: Store) -> ModelRecord:
         conditioning_channels=checkpoint.conditioning_channels,
         vae_downsample=checkpoint.vae_downsample,
         size_multiple=checkpoint.vae_downsample,
-        vae_scaling_factor=_scaling_factor(checkpoint),
+        vae_scaling_factor=vae_scaling_factor(checkpoint.task, checkpoint.configs["vae"]),
         prompt_embeds_dim=int(checkpoint.configs["unet"]["cross_attention_dim"]),
         text_length=int(checkpoint.configs["text_encoder"].get("max_position_embeddings", 77)),
         default_height=height,
@@ -247,33 +228,14 @@ def _tiny_vae_record(checkpoint: Checkpoint, store: Store) -> TinyVaeRecord | No
     )
 
 
-def _scaling_factor(checkpoint: Checkpoint) -> float:
-    """That of the VAE's config; the upscalers' pipeline in diffusers has one of its own, whatever the config says."""
-    if checkpoint.task == "upscaling":
-        return UPSCALING_FACTOR
-    return float(checkpoint.configs["vae"].get("scaling_factor", 0.18215))
-
-
 def pipeline_scheduler_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The scheduler's config as diffusers' pipeline sets it: some override fields of old checkpoints.
-
-    Those with ControlNets do not, and a bundle that has some draws everything as they do. A field that the config lacks
-    is overridden too where the class has it, but not handed on to other classes.
-    """
-    config, scheduler_class = checkpoint.scheduler_config, checkpoint.scheduler_class
-    forced: Mapping[str, object] = {} if checkpoint.controlnets else _SET_ANEW.get(checkpoint.task, {})
-    set_anew = {**config, **{name: value for name, value in forced.items() if name in config}}
-    family = FAMILIES.get(scheduler_class)
-    if (
-        "steps_offset" not in forced
-        or "steps_offset" in config
-        or family is None
-        or "steps_offset" not in family.fields
-    ):
-        return set_anew
-    defaults = config.get("_use_default_values")
-    named = [*defaults] if isinstance(defaults, list) else []
-    return {**set_anew, "steps_offset": forced["steps_offset"], "_use_default_values": [*named, "steps_offset"]}
+    """The scheduler's config as the checkpoint's pipeline sets it, or, where it has ControlNets, as theirs does."""
+    return scheduler_config_of(
+        checkpoint.task,
+        checkpoint.scheduler_class,
+        checkpoint.scheduler_config,
+        steered=bool(checkpoint.controlnets),
+    )
 
 
 def _noise_augmentation(path: Path, index: Mapping[str, Any]) -> NoiseAugmentation | None:
