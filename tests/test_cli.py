@@ -137,6 +137,16 @@ def test_another_image_to_begin_with_is_told(picture, tiny_bundle, tmp_path, cap
     assert "not the picture of the time before" in capsys.readouterr().err
 
 
+def test_another_margin_makes_another_canvas(picture, tiny_bundle, tmp_path, capsys):
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    drawn(capsys, "run", tiny_bundle, "x", "--image", picture, "--outpaint", "right=16", "--steps", 2, "--out", first)
+    options = ("--from-image", first, "--image", picture, "--outpaint", "right=32", "--out", again)
+    drawn(capsys, "run", tiny_bundle, *options)
+    width, height = Image.open(picture).size
+    assert Image.open(first).size == (width + 16, height)
+    assert Image.open(again).size == (width + 32, height)
+
+
 def test_a_variation_is_remembered(tiny_bundle, tmp_path, capsys):
     first, again = tmp_path / "a.png", tmp_path / "b.png"
     options = ("--variation-seed", 4, "--variation-strength", 0.2, "--seed", 1, "-n", 2)
