@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from PIL import Image
@@ -71,6 +71,28 @@ class Preparation:
         on_image, on_noise = (np.float32(value) for value in self.plan.noised[0])
         mixed: FloatArray = (on_image * latents + on_noise * noise)[0]
         return mixed
+
+
+class PlainTask:
+    """What most tasks do: begin with noise, leave no step out, give the decoded image as it is. See `Task`."""
+
+    __slots__ = ()
+    windowed: ClassVar[bool] = False
+
+    def check_plan(self, plan: SamplingPlan) -> None:
+        """Any plan begins with noise."""
+
+    def first_step(self, num_inference_steps: int) -> int:
+        """None is left out."""
+        return 0
+
+    def finish(self, image: Image.Image) -> Image.Image:
+        """The image is the result."""
+        return image
+
+    def warnings(self) -> tuple[str, ...]:
+        """Nothing is odd."""
+        return ()
 
 
 class Task(Protocol):

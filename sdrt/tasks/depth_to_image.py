@@ -20,7 +20,7 @@ from sdrt.plan import SamplingPlan
 from sdrt.request import Request
 from sdrt.runners.base import FloatArray
 from sdrt.tasks import pictures
-from sdrt.tasks.base import Preparation, TaskName
+from sdrt.tasks.base import PlainTask, Preparation, TaskName
 from sdrt.tasks.image_to_image import check_noised, check_strength, first_step_of
 from sdrt.tasks.resampling import bicubic
 
@@ -31,7 +31,7 @@ _SHAPE_TOLERANCE = 0.02  # between the shapes of image and depth: estimators rou
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class DepthToImage:
+class DepthToImage(PlainTask):
     """See `Task`. depth: float32 [H, W], larger is nearer; None: as `estimation` makes it of the image.
 
     image: RGB, or None to begin with noise. strength: the share of the steps that run; 1 without an image.
@@ -39,7 +39,6 @@ class DepthToImage:
     """
 
     name: ClassVar[TaskName] = "depth-to-image"
-    windowed: ClassVar[bool] = False
     depth: FloatArray | None
     depth_sha256: str | None
     estimation: DepthEstimation | None
@@ -82,14 +81,6 @@ class DepthToImage:
             conditioning=normalised(depth)[None],
             warnings=(_FLAT,) if depth.min() == depth.max() else (),
         )
-
-    def finish(self, image: Image.Image) -> Image.Image:
-        """The image is the result."""
-        return image
-
-    def warnings(self) -> tuple[str, ...]:
-        """None before the depth is there; see `start`."""
-        return ()
 
     def parameters(self) -> Mapping[str, JsonValue]:
         """The strength, and by which values depth and image can be known again."""

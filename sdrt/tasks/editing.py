@@ -13,20 +13,18 @@ from sdrt.bundle import JsonValue, ModelRecord
 from sdrt.checks import check_finite
 from sdrt.conditions import Start
 from sdrt.errors import RequestError
-from sdrt.plan import SamplingPlan
 from sdrt.request import Request
 from sdrt.tasks import pictures
-from sdrt.tasks.base import Preparation, TaskName
+from sdrt.tasks.base import PlainTask, Preparation, TaskName
 
 DEFAULT_IMAGE_GUIDANCE_SCALE = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Editing:
+class Editing(PlainTask):
     """See `Task`. image: RGB, of the request's size. image_sha256: of the image as it was given."""
 
     name: ClassVar[TaskName] = "editing"
-    windowed: ClassVar[bool] = False
     image: Image.Image
     image_sha256: str
     image_guidance_scale: float
@@ -40,25 +38,10 @@ class Editing:
         """With the image resized as the reference resizes it, unless it has this size."""
         return replace(self, image=pictures.resize(self.image, height, width))
 
-    def check_plan(self, plan: SamplingPlan) -> None:
-        """Any plan begins with noise."""
-
-    def first_step(self, num_inference_steps: int) -> int:
-        """None is left out."""
-        return 0
-
     def start(self, preparation: Preparation) -> Start:
         """Noise, with the image's likeliest latents as conditioning, which are not scaled: so it was trained."""
         conditioning = preparation.encode(pictures.to_sample(self.image)).mean[0]
         return Start(latents=preparation.only_noise(preparation.noise()), conditioning=conditioning)
-
-    def finish(self, image: Image.Image) -> Image.Image:
-        """The image is the result."""
-        return image
-
-    def warnings(self) -> tuple[str, ...]:
-        """Nothing is odd."""
-        return ()
 
     def parameters(self) -> Mapping[str, JsonValue]:
         """The scale, and by which pixels the image can be known again."""

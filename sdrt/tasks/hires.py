@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from PIL import Image
-
 from sdrt.bundle import JsonValue
 from sdrt.checks import check_finite, shown
 from sdrt.conditions import Start
@@ -16,7 +14,7 @@ from sdrt.errors import RequestError
 from sdrt.plan import SamplingPlan
 from sdrt.request import Request
 from sdrt.runners.base import FloatArray
-from sdrt.tasks.base import Drawn, Preparation, TaskName
+from sdrt.tasks.base import Drawn, PlainTask, Preparation, TaskName
 from sdrt.tasks.image_to_image import check_noised, check_strength, first_step_of
 from sdrt.tasks.pictures import resize, to_sample
 from sdrt.tasks.resampling import Mode, resample
@@ -35,7 +33,7 @@ UPSCALERS: Mapping[str, Mode | None] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SecondPass:
+class SecondPass(PlainTask):
     """See `Task`. scale: of each side. steps: of which `strength` is the share that runs; None: those of the first."""
 
     name: ClassVar[TaskName] = "image-to-image"
@@ -67,14 +65,6 @@ class SecondPass:
             raise ValueError("a second pass begins with what the first has drawn")
         known = self._enlarged(preparation.drawn, preparation)
         return Start(latents=preparation.with_noise(known, preparation.noise()))
-
-    def finish(self, image: Image.Image) -> Image.Image:
-        """The image is the result."""
-        return image
-
-    def warnings(self) -> tuple[str, ...]:
-        """Nothing is odd."""
-        return ()
 
     def parameters(self) -> Mapping[str, JsonValue]:
         """The fields that ask for it."""

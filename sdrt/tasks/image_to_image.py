@@ -13,21 +13,20 @@ from sdrt.conditions import Start
 from sdrt.errors import RequestError
 from sdrt.plan import SamplingPlan
 from sdrt.request import Request
-from sdrt.tasks.base import Preparation, TaskName
+from sdrt.tasks.base import PlainTask, Preparation, TaskName
 from sdrt.tasks.pictures import check_picture, pixels_sha256, resize, to_sample
 
 DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ImageToImage:
+class ImageToImage(PlainTask):
     """See `Task`. image: RGB, of the request's size. strength: the share of the steps that run, above 0, up to 1.
 
     image_sha256: of the image as it was given.
     """
 
     name: ClassVar[TaskName] = "image-to-image"
-    windowed: ClassVar[bool] = False
     image: Image.Image
     image_sha256: str
     strength: float
@@ -56,14 +55,6 @@ class ImageToImage:
         """
         known = preparation.latents_of(to_sample(self.image))
         return Start(latents=preparation.with_noise(known, preparation.noise()))
-
-    def finish(self, image: Image.Image) -> Image.Image:
-        """The image is the result."""
-        return image
-
-    def warnings(self) -> tuple[str, ...]:
-        """Nothing is odd."""
-        return ()
 
     def parameters(self) -> Mapping[str, JsonValue]:
         """The strength, and by which pixels the image can be known again."""

@@ -20,7 +20,7 @@ from sdrt.plan import SamplingPlan
 from sdrt.request import Request
 from sdrt.runners.base import FloatArray
 from sdrt.tasks import pictures
-from sdrt.tasks.base import Preparation, TaskName
+from sdrt.tasks.base import PlainTask, Preparation, TaskName
 from sdrt.tasks.image_to_image import check_noised, check_strength, first_step_of
 
 DEFAULT_STRENGTH = 1.0
@@ -31,7 +31,7 @@ MASK_MODES: tuple[MaskMode, ...] = ("diffusers", "soft")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Inpainting:
+class Inpainting(PlainTask):
     """See `Task`.
 
     image, mask: RGB and grey, of one size: what is worked on. strength: the share of the steps that run; with all of
@@ -41,7 +41,6 @@ class Inpainting:
     """
 
     name: ClassVar[TaskName] = "inpainting"
-    windowed: ClassVar[bool] = False
     image: Image.Image
     mask: Image.Image
     strength: float

@@ -15,17 +15,16 @@ from sdrt.bundle import JsonValue, ModelRecord, NoiseAugmentation
 from sdrt.checks import check_whole
 from sdrt.conditions import Start
 from sdrt.errors import RequestError
-from sdrt.plan import SamplingPlan
 from sdrt.request import Request
 from sdrt.schedule import NoiseSchedule
 from sdrt.tasks import pictures
-from sdrt.tasks.base import Preparation, TaskName
+from sdrt.tasks.base import PlainTask, Preparation, TaskName
 
 DEFAULT_NOISE_LEVEL = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Upscaling:
+class Upscaling(PlainTask):
     """See `Task`.
 
     image: the small image, RGB; factor: how many times as large the result is on each side. noise_weights: (a, b) with
@@ -54,13 +53,6 @@ class Upscaling:
         small = pictures.resize(self.image, height // self.factor, width // self.factor)
         return replace(self, image=small)
 
-    def check_plan(self, plan: SamplingPlan) -> None:
-        """Any plan begins with noise."""
-
-    def first_step(self, num_inference_steps: int) -> int:
-        """None is left out."""
-        return 0
-
     def start(self, preparation: Preparation) -> Start:
         """Noise, with the small image as conditioning, made noisy with the generator's first numbers, as the reference.
 
@@ -71,14 +63,6 @@ class Upscaling:
         noisy = on_image * sample + on_noise * preparation.generator.randn(sample.shape)
         latents = preparation.only_noise(preparation.noise())
         return Start(latents=latents, conditioning=noisy[0], class_label=self.noise_level)
-
-    def finish(self, image: Image.Image) -> Image.Image:
-        """The image is the result."""
-        return image
-
-    def warnings(self) -> tuple[str, ...]:
-        """Nothing is odd."""
-        return ()
 
     def parameters(self) -> Mapping[str, JsonValue]:
         """The noise level, and by which pixels the image can be known again."""
