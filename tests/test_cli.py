@@ -137,6 +137,14 @@ def test_another_image_to_begin_with_is_told(picture, tiny_bundle, tmp_path, cap
     assert "not the picture of the time before" in capsys.readouterr().err
 
 
+def test_every_field_of_a_request_is_remembered_but_its_pictures():
+    from sdrt.cli.pictures import PICTURE_OPTIONS
+    from sdrt.cli.run import REQUEST_FIELDS
+    from sdrt.request import Request
+
+    assert {*REQUEST_FIELDS, *PICTURE_OPTIONS} == set(Request.__dataclass_fields__)
+
+
 def test_another_margin_makes_another_canvas(picture, tiny_bundle, tmp_path, capsys):
     first, again = tmp_path / "first.png", tmp_path / "again.png"
     drawn(capsys, "run", tiny_bundle, "x", "--image", picture, "--outpaint", "right=16", "--steps", 2, "--out", first)
