@@ -10,6 +10,7 @@ from sdrt.bundle import JsonValue, ModelRecord, ShapeProfile
 from sdrt.checks import check_finite
 from sdrt.conditions import Steering
 from sdrt.errors import RequestError
+from sdrt.image import LARGEST_PIXELS
 from sdrt.request import Request
 from sdrt.runners.base import CONTROL_EMBEDDING, FloatArray, Runner
 from sdrt.tasks import pictures
@@ -20,12 +21,12 @@ _NO_SCALE, _NO_START, _NO_END = 1.0, 0.0, 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Control:
-    """What one ControlNet of the bundle is shown, RGB, and how much of it counts in which part of the steps.
+    """What one ControlNet of the bundle is shown, and how much of it counts in which part of the steps.
 
-    No image: that ControlNet has no say.
+    image: RGB, or the values themselves, float32 [H, W, 3] in the result's size. None: that ControlNet has no say.
     """
 
-    image: Image.Image | None
+    image: Image.Image | FloatArray | None
     image_sha256: str | None
     scale: float
     start: float
@@ -55,7 +56,7 @@ def resolve_controls(request: Request, model: ModelRecord) -> tuple[Control, ...
     given = _listed("control_image", request.control_image, model, default=None)
     if all(image is None for image in given):
         raise RequestError("control_image names no image", hint="give one, or leave control_image out")
-    images = [None if image is None else pictures.check_picture("control_image", image) for image in given]
+    images = [None if image is None else _check_shown(image) for image in given]
     scales, starts, ends = (
         [check_finite(name, value) for value in _listed(name, values[name], model, default=default)]
         for name, default in zip(named, (_NO_SCALE, _NO_START, _NO_END), strict=True)
@@ -69,7 +70,7 @@ def resolve_controls(request: Request, model: ModelRecord) -> tuple[Control, ...
     return tuple(
         Control(
             image=image,
-            image_sha256=None if image is None else pictures.pixels_sha256(image),
+            image_sha256=None if image is None else shown_sha256(image),
             scale=scale,
             start=start,
             end=end,
@@ -93,7 +94,7 @@ def size_of_controls(controls: Sequence[Control], profile: ShapeProfile) -> tupl
     image = next((control.image for control in controls if control.image is not None), None)
     if image is None:
         return None
-    height, width = (side - side % profile.multiple_of for side in (image.height, image.width))
+    height, width = (side - side % profile.multiple_of for side in _size_of(image))
     return height, width
 
 
@@ -105,6 +106,22 @@ def check_control_size(controls: Sequence[Control], height: int, width: int, pro
             f"{width}x{height} is more than {LARGEST_FACTOR} times this bundle's size",
             hint=f"with control_image, ask for at most {most[1]}x{most[0]}",
         )
+
+
+def check_arrays(controls: Sequence[Control], height: int, width: int) -> None:
+    """RequestError for values that are not of the size that the result has: they are not resized."""
+    for control in controls:
+        if isinstance(control.image, np.ndarray) and _size_of(control.image) != (height, width):
+            tall, wide = _size_of(control.image)
+            raise RequestError(
+                f"control_image is an array of {wide}x{tall} for an image of {width}x{height}",
+                hint="give arrays in the size of the result, or a picture, which is resized",
+            )
+
+
+def shown_sha256(image: Image.Image | FloatArray) -> str:
+    """By which what a ControlNet is shown can be known again."""
+    return pictures.values_sha256(image) if isinstance(image, np.ndarray) else pictures.pixels_sha256(image)
 
 
 def steer(
@@ -123,8 +140,7 @@ def steer(
     shown_to = np.zeros((1, count, 3, height, width), np.float32)
     for index, control in enumerate(controls):
         if control.image is not None:
-            pixels = np.asarray(pictures.resize(control.image, height, width), np.float32)
-            shown_to[0, index] = pixels.transpose(2, 0, 1) / np.float32(255)
+            shown_to[0, index] = _values(control.image, height, width).transpose(2, 0, 1)
     embedded = runner.run(CONTROL_EMBEDDING, {"controlnet_cond": shown_to})["control"][0]
     return Steering(control=embedded, scales=np.stack([control.scales(rows) for control in controls], axis=1))
 
@@ -139,6 +155,36 @@ def control_parameters(controls: Sequence[Control]) -> Mapping[str, JsonValue]:
         "control_guidance_start": [control.start for control in controls],
         "control_guidance_end": [control.end for control in controls],
     }
+
+
+def _check_shown(image: object) -> Image.Image | FloatArray:
+    """A picture as upright RGB on white; an array of any finite values as float32 [H, W, 3]. Raises RequestError."""
+    if not isinstance(image, np.ndarray):
+        return pictures.check_picture("control_image", image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.size == 0 or image.dtype.kind != "f":
+        raise RequestError(
+            f"control_image is an array of {image.dtype} {list(image.shape)}",
+            hint="give an image, or floating-point numbers [height, width, 3] as the network is to see them",
+        )
+    if image.size > 3 * LARGEST_PIXELS:
+        raise RequestError(f"control_image has {image.size} values", hint=f"give at most {3 * LARGEST_PIXELS}")
+    with np.errstate(over="ignore"):  # what is too large becomes infinite
+        values = image.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise RequestError("control_image holds values that are NaN or infinite", hint="give finite ones")
+    return values
+
+
+def _size_of(image: Image.Image | FloatArray) -> tuple[int, int]:
+    """(height, width)."""
+    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+
+
+def _values(image: Image.Image | FloatArray, height: int, width: int) -> FloatArray:
+    """What a ControlNet sees of it, float32 [height, width, 3]: of pictures from 0 to 1."""
+    if isinstance(image, np.ndarray):
+        return image
+    return np.asarray(pictures.resize(image, height, width), np.float32) / np.float32(255)
 
 
 def _listed(name: str, value: object, model: ModelRecord, *, default: object) -> list[object]:

@@ -152,20 +152,29 @@ def open_depth(path: Path) -> npt.NDArray[np.float32]:
     Raises RequestError for another format, damage, and what is too large.
     """
     if path.suffix.lower() == ".npy":
-        try:
-            # Mapped, so that a header that promises more than the file holds is refused instead of allocated.
-            values = np.load(path, mmap_mode="r", allow_pickle=False)
-            if not isinstance(values, np.ndarray) or values.ndim != 2 or values.size > LARGEST_PIXELS:
-                hint = f"give numbers [height, width], at most {LARGEST_PIXELS}"
-                raise RequestError(f"{path} holds {_described(values)}", hint=hint)
-            return np.array(values, np.float32)
-        except (*DAMAGE, zipfile.BadZipFile) as error:
-            raise RequestError(f"{path} holds no depth map: {error}", hint="write it with numpy.save") from error
+        return open_values(path, "depth map", dimensions=2)
     return np.asarray(_open(path, _to_samples), np.float32)
 
 
-def _described(values: object) -> str:
-    return f"an array of shape {list(values.shape)}" if isinstance(values, np.ndarray) else "several arrays"
+def open_values(path: Path, what: str, *, dimensions: int) -> npt.NDArray[np.float32]:
+    """Read a .npy file of numbers, [H, W] or [H, W, 3] by `dimensions`, as float32. Raises RequestError as the others.
+
+    what: of which they are the values, for the message.
+    """
+    try:
+        # Mapped, so that a header that promises more than the file holds is refused instead of allocated.
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(values, np.ndarray):
+            raise RequestError(f"{path} holds several arrays", hint="write one with numpy.save")
+        if values.ndim != dimensions or math.prod(values.shape[:2]) > LARGEST_PIXELS:
+            shape = "[height, width]" if dimensions == 2 else "[height, width, 3]"
+            raise RequestError(
+                f"{path} holds an array of shape {list(values.shape)}",
+                hint=f"give numbers {shape}, of at most {LARGEST_PIXELS} pixels",
+            )
+        return np.array(values, np.float32)
+    except (*DAMAGE, zipfile.BadZipFile) as error:
+        raise RequestError(f"{path} holds no {what}: {error}", hint="write it with numpy.save") from error
 
 
 def _converted(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:

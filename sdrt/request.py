@@ -10,6 +10,8 @@ from PIL import Image
 from sdrt.noise import GeneratorName
 from sdrt.plan import SamplingPlan
 
+Shown = Image.Image | npt.NDArray[np.floating] | None  # to a ControlNet
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -44,9 +46,10 @@ class Request:
     will do: its depth is estimated.
     image_guidance_scale: of editing, how close to `image` the result stays, 1.5 unless given.
     control_image: what the bundle's ControlNet is shown, resized to the result, whose size it decides where nothing
-    else does; in text-to-image too, where diffusers calls it `image`. Of several ControlNets a list with an image for
-    each, or None for one that is to have no say. controlnet_conditioning_scale: how much each counts, 1
-    unless given. control_guidance_start, control_guidance_end: in which part of the steps, 0 to 1.
+    else does; in text-to-image too, where diffusers calls it `image`. An array, float [H, W, 3] in the size of the
+    result, is shown as it is, as ControlNets for inpainting want it (-1 where something is to be drawn). Of several
+    ControlNets a list with one for each, or None for one that is to have no say. controlnet_conditioning_scale: how
+    much each counts, 1 unless given. control_guidance_start, control_guidance_end: in which part of the steps, 0 to 1.
     hires_scale: draw in two passes ("hires fix"): height and width are the first one's, a base that the model is good
     at; then the result is enlarged by this much, to the nearest size of the VAE, and drawn again as image-to-image.
     hires_upscaler: what enlarges, "latent" (bilinear), "latent-nearest", "latent-bicubic", or "lanczos" (of pixels).
@@ -94,7 +97,7 @@ class Request:
     noise_level: int | None = None
     depth_map: Image.Image | npt.NDArray[np.generic] | None = None
     image_guidance_scale: float | None = None
-    control_image: Image.Image | Sequence[Image.Image | None] | None = None
+    control_image: Shown | Sequence[Shown] = None
     controlnet_conditioning_scale: float | Sequence[float] | None = None
     control_guidance_start: float | Sequence[float] | None = None
     control_guidance_end: float | Sequence[float] | None = None

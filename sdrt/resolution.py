@@ -11,7 +11,7 @@ import numpy as np
 
 from sdrt.bundle import Manifest, ModelRecord
 from sdrt.checks import check_finite, check_flag, check_share, check_whole, shown
-from sdrt.controls import Control, check_control_size, resolve_controls, size_of_controls
+from sdrt.controls import Control, check_arrays, check_control_size, resolve_controls, size_of_controls
 from sdrt.errors import RequestError
 from sdrt.image import LARGEST_PIXELS
 from sdrt.noise import GENERATORS, GeneratorName, Variation
@@ -131,6 +131,7 @@ def _resolve(request: Request, manifest: Manifest, task: Task) -> ResolvedReques
     """One pass of a request, which does `task`. Raises RequestError."""
     controls = resolve_controls(request, manifest.model)
     height, width, windowed = _resolve_size(request, manifest, task, controls)
+    check_arrays(controls, height, width)
     task = task.resized(height, width)
     guidance_scale = check_finite("guidance_scale", request.guidance_scale)
     composed = _resolve_composed(request, guidance_scale, task)

@@ -9,7 +9,8 @@ from PIL import Image
 
 from sdrt.cli import run_command
 from sdrt.cli.pictures import check_same_picture, open_pictures
-from sdrt.errors import ExportError
+from sdrt.controls import shown_sha256
+from sdrt.errors import ExportError, RequestError
 from sdrt.image import read_parameters
 from sdrt.tasks.pictures import pixels_sha256
 
@@ -112,6 +113,18 @@ def test_a_bundle_without_controlnets_says_how_to_build_one_with(controls, tiny_
     message = refused(capsys, "run", tiny_bundle, "x", "--control-image", controls[0], "--out", tmp_path / "a.png")
     assert "this bundle has no ControlNet" in message
     assert "sdrt build MODEL --controlnet FOLDER" in message
+
+
+def test_an_array_is_read_from_a_file_and_known_again(tmp_path, capsys):
+    values = np.random.default_rng(0).standard_normal((8, 8, 3)).astype(np.float32)
+    np.save(tmp_path / "values.npy", values)
+    fields = open_pictures({"control_image": [str(tmp_path / "values.npy"), "none"]})
+    np.testing.assert_array_equal(fields["control_image"][0], values)
+    check_same_picture({"control_image_sha256": [shown_sha256(values), None]}, fields)
+    assert capsys.readouterr().err == ""
+    np.save(tmp_path / "values.npy", values[0])
+    with pytest.raises(RequestError, match=r"holds an array of shape \[8, 3\]"):
+        open_pictures({"control_image": [str(tmp_path / "values.npy")]})
 
 
 @pytest.mark.parametrize("hashes", ["x", 3, [[]], {"a": 1}], ids=str)

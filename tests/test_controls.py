@@ -242,6 +242,46 @@ def test_a_picture_is_upright_rgb_on_white(fake):
     np.testing.assert_array_equal(path.steering.control, 1)
 
 
+class TestArrays:
+    def test_are_shown_as_they_are(self, fake):
+        pipeline, image = fake(controlnets=ONE), picture()
+        values = np.asarray(image, np.float32) / np.float32(255)
+        (seen,), (same,) = (prepared(pipeline, asked(control_image=each)) for each in (image, values))
+        np.testing.assert_array_equal(seen.steering.control, same.steering.control)
+        (other,) = prepared(pipeline, asked(control_image=np.where(values > 0.5, -1, values)))
+        assert np.abs(other.steering.control - same.steering.control).max() > 0
+
+    def test_say_the_size_and_are_known_again_by_their_hash(self, fake):
+        values = np.zeros((96, 64, 3), np.float32)
+        results = [fake(controlnets=ONE).generate(asked(control_image=each)) for each in (values, values - 1)]
+        assert results[0].images[0].size == (64, 96)
+        first, second = (result.parameters(0)["control_image_sha256"] for result in results)
+        assert len({*first, *second}) == 2
+
+    @pytest.mark.parametrize(
+        ("values", "reason"),
+        [
+            (np.zeros((64, 64), np.float32), r"float32 \[64, 64\]"),
+            (np.zeros((3, 64, 64), np.float32), r"float32 \[3, 64, 64\]"),
+            (np.zeros((64, 64, 3), np.uint8), r"uint8 \[64, 64, 3\]"),
+            (np.zeros((0, 64, 3), np.float32), r"\[0, 64, 3\]"),
+            (np.full((64, 64, 3), np.nan), "NaN or infinite"),
+            (np.full((64, 64, 3), 1e300), "NaN or infinite"),
+        ],
+        ids=lambda value: str(getattr(value, "shape", "")),
+    )
+    def test_of_another_form_are_refused(self, fake, values, reason):
+        with pytest.raises(RequestError, match=reason) as raised:
+            fake(controlnets=ONE).resolve(asked(control_image=values))
+        assert raised.value.hint
+
+    def test_are_not_resized(self, fake):
+        values = np.zeros((64, 64, 3), np.float32)
+        for options in ({"width": 128}, {"hires_scale": 2.0}, {"image": picture(96, 64)}):
+            with pytest.raises(RequestError, match="control_image is an array of 64x64 for an image of"):
+                fake(controlnets=ONE).resolve(asked(control_image=values, **options))
+
+
 def test_a_part_of_the_steps_that_holds_none_is_told(fake):
     pipeline = fake(controlnets=ONE)
     (warning,) = pipeline.generate(asked(control_guidance_end=0.05)).warnings

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
     from sdrt.runners.base import FloatArray
 
-    Picture = Image | FloatArray | Sequence[Image | None]
+    Control = Image | FloatArray | None
+    Picture = Image | FloatArray | Sequence[Control]
 
 # Fields that are pictures: options name their files, and an image remembers their hashes alone.
 PICTURE_OPTIONS = {
@@ -52,11 +53,15 @@ def check_same_picture(remembered: Mapping[str, Any], fields: Mapping[str, Any])
             print_warning(f"{option} is not the picture of the time before, so the result will differ")
 
 
-def _open_controls(names: Sequence[str]) -> "Sequence[Image | None]":
-    """A picture for each ControlNet, or None."""
-    from sdrt.image import open_image
+def _open_controls(names: Sequence[str]) -> "Sequence[Control]":
+    """A picture for each ControlNet, or an array, or None."""
+    return [None if name == NO_CONTROL else _open_control(Path(name)) for name in names]
 
-    return [None if name == NO_CONTROL else open_image(Path(name)) for name in names]
+
+def _open_control(path: Path) -> "Control":
+    from sdrt.image import open_image, open_values
+
+    return open_values(path, "picture", dimensions=3) if path.suffix.lower() == ".npy" else open_image(path)
 
 
 def _sha256(picture: "Picture") -> str | list[str | None]:
@@ -64,10 +69,8 @@ def _sha256(picture: "Picture") -> str | list[str | None]:
     import numpy as np
     from PIL.Image import Image
 
-    from sdrt.tasks.pictures import pixels_sha256, values_sha256
+    from sdrt.controls import shown_sha256
 
-    if isinstance(picture, np.ndarray):
-        return values_sha256(picture)
-    if isinstance(picture, Image):
-        return pixels_sha256(picture)
-    return [None if each is None else pixels_sha256(each) for each in picture]
+    if isinstance(picture, np.ndarray | Image):
+        return shown_sha256(picture)
+    return [None if each is None else shown_sha256(each) for each in picture]

@@ -113,7 +113,8 @@ ControlImages = Annotated[
     typer.Option(
         "--control-image",
         metavar="IMAGE|none",
-        help="For bundles with ControlNets: what steers; several: one for each, in their order, or none.",
+        help="For bundles with ControlNets: what steers, a picture, or a .npy of what the network is to see; "
+        "several: one for each, in their order, or none.",
         show_default=False,
     ),
 ]

@@ -129,6 +129,24 @@ def test_text_to_image_of_any_size(pipeline, reference, width, height, options):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_values_that_no_picture_has(pipeline, reference, width, height):
+    """As ControlNets for inpainting want them: -1 where something is to be drawn."""
+    import torch
+
+    values = [np.asarray(each.resize((width, height)), np.float32) / 255 for each in controls(width, height)]
+    values = [np.where(np.asarray(mask(width, height))[..., None] > 0, np.float32(-1), each) for each in values]
+    as_torch = [torch.from_numpy(each).permute(2, 0, 1)[None] for each in values]
+    assert_same(
+        pipeline,
+        reference("StableDiffusionControlNetPipeline"),
+        {"width": width, "height": height, **STEERING},
+        ours={"control_image": values},
+        theirs={"image": as_torch},
+    )
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strength", [1.0, 0.7])
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_image_to_image(pipeline, reference, width, height, strength):
