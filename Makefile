@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TREE := build/tree
+SIDE_BY_SIDE := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 THREADS ?= $(shell nproc)
 GPU_OUT ?= build/gpu-check
 GPU_PYTHON ?= python3
@@ -31,7 +32,7 @@ demo: $(STAMP)  ## build the embedded model, draw with it, compare with PyTorch:
 	$(BIN)/sdrt bench demo/shapes.sdrt --baseline shapes --suite shapes --out demo/report --threads $(THREADS) --force
 
 test: check  ## everything that CI runs: check, then the tests
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --durations=40
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=40
 
 check: $(STAMP)  ## lint, format, types, import contracts
 	$(BIN)/ruff check .
@@ -46,7 +47,7 @@ gallery: $(STAMP)  ## draw the pictures of docs/gallery.md with its commands
 	$(BIN)/python -m sdrt.models.shapes.gallery --work build/gallery --out docs/pictures/gallery.png
 
 oracle: $(STAMP)  ## schedulers and tasks with every option against diffusers; writes docs/schedulers.md
-	$(BIN)/python -m pytest -m exhaustive tests
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=20 -m exhaustive tests
 	$(BIN)/python -m tests.oracle.scheduler_table docs/schedulers.md
 
 bench-host: $(STAMP)  ## what a plan costs, and a step beside the engines
