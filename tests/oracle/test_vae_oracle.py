@@ -96,7 +96,7 @@ def test_samples_are_those_of_the_image_processor():
     np.testing.assert_array_equal(from_pixels(pixels), expected)
 
 
-@pytest.mark.parametrize("side", [DEFAULT_TILE + 1, 96])
+@pytest.mark.parametrize("side", [DEFAULT_TILE + 1, pytest.param(96, marks=pytest.mark.exhaustive)])
 def test_tiles_of_the_trained_model_are_as_good_as_the_whole(shapes_runner, side):
     scene = next(scenes(3, held_out=True))[1]
     image = from_pixels(np.asarray(Image.fromarray(scene).resize((side * 8, side * 8), Image.Resampling.LANCZOS))[None])
