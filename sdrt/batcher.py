@@ -10,13 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
+from copy import copy
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from PIL import Image
 
-from sdrt.errors import BackendError, BusyError, Cancelled, RequestError
+from sdrt.errors import BackendError, BusyError, Cancelled, RequestError, SdrtError
 from sdrt.pipeline import Followed, Pipeline, Prepared, Result, as_request
 from sdrt.request import Request
 from sdrt.resolution import ResolvedRequest
@@ -318,7 +319,7 @@ class Batcher:
         except Exception as error:  # the backend failed: these requests fail, the worker lives on
             for item in group:
                 if item in self._active and not set(members).isdisjoint(item.prepared.trajectories):
-                    self._leave(item, error)
+                    self._leave(item, _own(error))
             self._drop_batch(self._last_size)
             return
         with self._changed:
@@ -418,6 +419,15 @@ class Batcher:
         with self._changed:
             self._outcomes[kind] += 1
         ticket._settle(outcome)
+
+
+def _own(error: Exception) -> Exception:
+    """One for each ticket: whoever raises it adds to its traceback."""
+    if not isinstance(error, SdrtError):
+        return error
+    own = copy(error)
+    own.__cause__, own.__traceback__ = error.__cause__, error.__traceback__
+    return own
 
 
 def _cancelled() -> Cancelled:

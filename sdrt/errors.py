@@ -13,6 +13,9 @@ SdrtError
 └── Cancelled         the work was stopped on request
 """
 
+from collections.abc import Callable
+from functools import partial
+
 
 class SdrtError(Exception):
     """What happened, with the values, and in `hint` what to do about it."""
@@ -23,6 +26,10 @@ class SdrtError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Callable[[str], "SdrtError"], tuple[str]]:
+        """So that it can be copied, and sent to another process, whole."""
+        return partial(type(self), hint=self.hint), (self.message,)
 
 
 class RequestError(SdrtError):

@@ -375,6 +375,23 @@ def test_a_bad_request_is_refused_where_it_is_submitted(fake):
             batcher.submit(Request(prompt="red", num_images_per_prompt=9))
 
 
+def test_each_request_of_a_failed_step_has_an_error_of_its_own(fake):
+    submitted = threading.Event()
+
+    def before(name, feeds):
+        submitted.wait(10)
+        if name == "step":
+            raise BackendError("the engine failed", hint="try again") from OSError("no memory")
+
+    with Batcher(fake(FakeRunner(before=before)), max_batch=4) as batcher:
+        tickets = [batcher.submit("red", seed=seed, num_inference_steps=2) for seed in range(2)]
+        submitted.set()
+        first, second = (ticket.future.exception(10) for ticket in tickets)
+    assert first is not second
+    assert str(first) == str(second) == "the engine failed"
+    assert isinstance(second.__cause__, OSError)
+
+
 def test_a_backend_failure_fails_its_step_and_the_next_request_succeeds(fake):
     failing = threading.Event()
 
