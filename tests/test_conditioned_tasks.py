@@ -47,7 +47,7 @@ class TestUpscaling:
             ({}, "this bundle does upscaling, and the request has no image"),
             ({"image": picture(16, 16), "noise_level": 351}, "noise_level is 351"),
             ({"image": picture(16, 16), "noise_level": -1}, "noise_level is -1"),
-            ({"image": picture(16, 16), "strength": 0.5}, "strength is for outpainting"),
+            ({"image": picture(16, 16), "strength": 0.5}, "strength is for image-to-image"),
             ({"image": picture(16, 16), "width": 66}, "66x64 is not 4 times a size|66x64"),
         ],
     )

@@ -147,8 +147,9 @@ def _means_nothing(field: str, given: list[str], meant: TaskKind, model: ModelRe
     able = [kind for kind in KINDS if field in (*kind.needs, *kind.takes)]
     here = [kind for kind in able if kind.is_done_by(model)]
     if not here:
-        needed = CHECKPOINTS[able[0].models[0]]
-        return RequestError(f"{field} is for {able[0].name}, which this bundle cannot do", hint=f"it takes {needed}")
+        simplest = min(able, key=lambda kind: len(kind.needs))
+        needed = CHECKPOINTS[simplest.models[0]]
+        return RequestError(f"{field} is for {simplest.name}, which this bundle cannot do", hint=f"it takes {needed}")
     missing = [name for name in here[-1].needs if name not in given]
     if missing:
         absent = " and no ".join(missing)
