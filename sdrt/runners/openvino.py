@@ -11,6 +11,7 @@ from sdrt.errors import BackendError
 from sdrt.runners.base import IN_FLOAT32, STEP, TEXT_ENCODER, VAE_DECODER, Array, FloatArray
 from sdrt.runners.cpu import available_cores
 from sdrt.runners.feeds import asked_component, checked_feeds
+from sdrt.runners.mapped_files import release_mapped
 from sdrt.runners.usual import Shapes, usual_shapes
 
 _OPENED_AT_ONCE = (TEXT_ENCODER, STEP, VAE_DECODER)  # what every image needs; the VAE encoder waits for its first use
@@ -84,7 +85,11 @@ class OpenVinoRunner:
             model = self._core.read_model(path)
             if shapes is not None:
                 model.reshape({name: list(shape) for name, shape in shapes.items()})
-            return self._core.compile_model(model, "CPU", self._settings(component.name)).create_infer_request()
+            compiled = self._core.compile_model(model, "CPU", self._settings(component.name))
+            request = compiled.create_infer_request()
+            for file in component.files:  # its weights are compiled into the engine, but stay mapped
+                release_mapped(self._bundle.file(file))
+            return request
         except RuntimeError as error:
             raise BackendError(
                 f"OpenVINO cannot open {path}: {_last_line(error)}",
