@@ -131,13 +131,17 @@ def png_bytes(pixels: Picture) -> bytes:
     return buffer.getvalue()
 
 
-def png_uri(png: bytes) -> str:
-    """A PNG file's content in the place of its address."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def small_uri(pixels: Picture, side: int) -> str:
+    """A picture of at most `side` pixels a side, with a little loss, in the place of its address."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _data_uri(pixels: Picture) -> str:
-    return png_uri(png_bytes(pixels))
+    return "data:image/png;base64," + base64.b64encode(png_bytes(pixels)).decode()
 
 
 def _ratio_text(value: float) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from sdrt.benchmarks.contestants import PYTORCH_FP32
-from sdrt.benchmarks.page import DIFFERENCE_GAIN, STAGES, difference, png_bytes, png_uri, render, stage_bar
+from sdrt.benchmarks.page import DIFFERENCE_GAIN, STAGES, difference, render, small_uri, stage_bar
 from sdrt.benchmarks.plots import stacked_bars
 from sdrt.benchmarks.report import (
     SCHEMA_VERSION,
@@ -30,6 +30,7 @@ from sdrt.errors import OutputError
 from sdrt.files import check_replaceable, staged_directory
 
 SUITE = "tasks"
+_SHOWN_SIDE = 256  # pixels, of a picture on the page; the files beside it are whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -90,7 +91,7 @@ def tasks_json(report: TasksReport) -> dict[str, Any]:
 
 
 def tasks_page(report: TasksReport) -> str:
-    """The page, as HTML that needs no other file."""
+    """The page, as HTML that needs no other file. Its pictures are small ones."""
     stages = {("encoders and rest" if name == "rest" else name): colour for name, colour in STAGES.items()}
     return render(
         "tasks.html",
@@ -175,7 +176,9 @@ def _section(result: TaskResult) -> dict[str, Any]:
     """What the page says of one task, with the pictures in the order in which they are looked at."""
     truth = result.drawn.get(PYTORCH_FP32)
     ordered = sorted(result.drawn.items(), key=lambda item: item[0] != PYTORCH_FP32)
-    given = [{"name": f"given: {name}", "image": png_uri(_shown(png))} for name, png in result.given.items()]
+    given = [
+        {"name": f"given: {name}", "image": small_uri(_shown(png), _SHOWN_SIDE)} for name, png in result.given.items()
+    ]
     return {
         "result": result,
         "ours": ours_of(result),
@@ -187,21 +190,21 @@ def _section(result: TaskResult) -> dict[str, Any]:
 
 
 def _picture(name: str, png: bytes, truth: bytes | None) -> dict[str, Any]:
-    shown = {"name": name, "image": png_uri(png)}
+    shown = {"name": name, "image": small_uri(_pixels(png), _SHOWN_SIDE)}
     if truth is None:
         return shown
     strong, largest = difference(_pixels(png), _pixels(truth))
-    return shown | {"difference": png_uri(png_bytes(strong)), "largest": largest}
+    return shown | {"difference": small_uri(strong, _SHOWN_SIDE), "largest": largest}
 
 
 def _pixels(png: bytes) -> npt.NDArray[Any]:
     return np.asarray(Image.open(BytesIO(png)))
 
 
-def _shown(png: bytes) -> bytes:
+def _shown(png: bytes) -> npt.NDArray[np.uint8]:
     """With 8 bits, which every browser shows the same way."""
     pixels = _pixels(png)
-    return png_bytes((pixels >> 8).astype(np.uint8)) if pixels.dtype.itemsize > 1 else png
+    return (pixels >> 8).astype(np.uint8) if pixels.dtype.itemsize > 1 else pixels
 
 
 def _given_named(result: TaskResult) -> list[tuple[str, bytes]]:

@@ -315,7 +315,7 @@ def test_the_page_stands_alone_and_is_balanced(bench):
     text = tasks_page(report_of(list(bench.results())))
     assert "a &lt; b" in text
     assert not re.search(r"https?://", text)
-    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', text))
+    assert all(source.startswith("data:image/webp;base64,") for source in re.findall(r'src="([^"]*)"', text))
     for tag in ("div", "table", "tr", "td", "figure", "svg", "dl", "p", "span"):
         assert len(re.findall(rf"<{tag}[\s>]", text)) == text.count(f"</{tag}>"), tag
     assert all(f"<h2>{task.name}</h2>" in text for task in TASKS)
