@@ -23,7 +23,7 @@ def settings(tmp_path):
     return Settings(
         work=tmp_path,
         precision="fp32",
-        num_inference_steps=3,
+        num_inference_steps=5,
         guidance_scale=4.0,
         noise_level=20,
         max_batch=4,

@@ -194,7 +194,7 @@ def damaged_latents(folder):
     np.save(folder / "shape.npy", np.zeros((4, 8, 8), np.float32))
     np.save(folder / "channels.npy", np.zeros((1, 3, 8, 8), np.float32))
     np.save(folder / "integers.npy", np.zeros((1, 4, 8, 8), np.int64))
-    np.save(folder / "size.npy", np.zeros((1, 4, 3, 3), np.float32))
+    np.save(folder / "large.npy", np.zeros((1, 4, 520, 520), np.float32))  # of more pixels than are read
     np.save(folder / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     (folder / "cut.npy").write_bytes(data[: len(data) // 2])
     (folder / "head.npy").write_bytes(data[:20])
