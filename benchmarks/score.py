@@ -35,23 +35,29 @@ class ScoreCase:
 
 
 def draw_with_sdrt(bundle: Path, case: ScoreCase, *, threads: int | None, max_batch: int) -> Iterator[Picture]:
-    """The pictures of a bundle, drawn in mixed batches as a service would."""
+    """The pictures of a bundle, one a caption."""
+    requests = [
+        sdrt.Request(
+            prompt=caption,
+            seed=seed,
+            num_inference_steps=case.num_inference_steps,
+            guidance_scale=case.guidance_scale,
+            scheduler=case.scheduler,
+        )
+        for seed, caption in enumerate(case.captions)
+    ]
+    return draw_batched(bundle, requests, threads=threads, max_batch=max_batch)
+
+
+def draw_batched(
+    bundle: Path, requests: Sequence[sdrt.Request], *, threads: int | None, max_batch: int
+) -> Iterator[Picture]:
+    """One picture a request, in their order, drawn in mixed batches as a service would."""
     with (
         sdrt.open(bundle, threads=threads) as pipeline,
-        sdrt.Batcher(pipeline, max_batch=max_batch, max_queue=len(case.captions)) as batcher,
+        sdrt.Batcher(pipeline, max_batch=max_batch, max_queue=len(requests)) as batcher,
     ):
-        tickets = [
-            batcher.submit(
-                sdrt.Request(
-                    prompt=caption,
-                    seed=seed,
-                    num_inference_steps=case.num_inference_steps,
-                    guidance_scale=case.guidance_scale,
-                    scheduler=case.scheduler,
-                )
-            )
-            for seed, caption in enumerate(case.captions)
-        ]
+        tickets = [batcher.submit(request) for request in requests]
         for ticket in tickets:
             yield np.asarray(ticket.result().images[0])
 
@@ -85,7 +91,8 @@ def score_pictures(case: ScoreCase, pictures: Sequence[Picture]) -> Score:
     return score([judge(picture, caption) for picture, caption in zip(pictures, case.captions, strict=True)])
 
 
-def _timed(name: str, pictures: Iterator[Picture], count: int) -> tuple[list[Picture], float]:
+def timed(name: str, pictures: Iterator[Picture], count: int) -> tuple[list[Picture], float]:
+    """The pictures, counted on standard error as they come, and the seconds that they took."""
     began, drawn = time.monotonic(), []
     for picture in pictures:
         drawn.append(picture)
@@ -126,7 +133,7 @@ def main() -> int:
 
 def _run(case: ScoreCase, options: argparse.Namespace) -> dict[str, object]:
     drawn = draw_with_sdrt(options.bundle, case, threads=options.threads, max_batch=options.max_batch)
-    ours, seconds = _timed("sdrt", drawn, len(case.captions))
+    ours, seconds = timed("sdrt", drawn, len(case.captions))
     results: dict[str, object] = {
         "machine": describe_machine(),
         "captions": len(case.captions),
@@ -137,7 +144,7 @@ def _run(case: ScoreCase, options: argparse.Namespace) -> dict[str, object]:
     }
     if options.baseline is not None:
         drawn = draw_with_pytorch(options.baseline, case, threads=options.threads, batch=options.max_batch)
-        theirs, seconds = _timed("pytorch", drawn, len(case.captions))
+        theirs, seconds = timed("pytorch", drawn, len(case.captions))
         results["pytorch"] = asdict(score_pictures(case, theirs)) | {"seconds": round(seconds, 1)}
         gaps = [int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in zip(ours, theirs, strict=True)]
         results["largest_pixel_difference"] = max(gaps)

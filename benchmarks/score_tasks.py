@@ -6,27 +6,24 @@ python -m sdrt.benchmarks.score_tasks --cases 40 --out FILE.json
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 import sdrt
 from sdrt.benchmarks.builds import build_bundle
 from sdrt.benchmarks.machine import describe_machine
+from sdrt.benchmarks.score import Picture, draw_batched, timed
 from sdrt.errors import SdrtError
 from sdrt.files import write_atomically
 from sdrt.models.shapes.judge_tasks import judge_task
 from sdrt.models.shapes.task_cases import EXTENSION, TASKS, TaskCase, task_cases
 
-Picture = npt.NDArray[np.uint8]
 SIDE = 128
-SIZES = {"inpaint": f"{SIDE}..{SIDE + EXTENSION}"}  # of a model's bundle; SIDE x SIDE for the others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +32,7 @@ class Model:
 
     name: str  # of its bundle's folder
     model: str
+    sizes: str = f"{SIDE}x{SIDE}"
     flags: tuple[str, ...] = ()
 
 
@@ -52,7 +50,7 @@ class Settings:
 
 
 SHAPES = Model(name="shapes", model="shapes")
-INPAINT = Model(name="inpaint", model="shapes-inpaint")
+INPAINT = Model(name="inpaint", model="shapes-inpaint", sizes=f"{SIDE}..{SIDE + EXTENSION}")
 MODELS: Mapping[str, Model] = {
     "inpaint": INPAINT,
     "outpaint": INPAINT,
@@ -67,21 +65,23 @@ def build(model: Model, settings: Settings) -> Path:
     """A model's bundle; what has been built before comes from the cache in the work folder. Raises BuildError."""
     target = settings.work / f"{model.name}-{settings.precision}.sdrt"
     settings.work.mkdir(parents=True, exist_ok=True)
-    sizes = SIZES.get(model.name, f"{SIDE}x{SIDE}")
-    flags = ["--precision", settings.precision, "--sizes", sizes, "--batch", f"1..{settings.max_batch}", "--force"]
+    flags = [
+        "--precision",
+        settings.precision,
+        "--sizes",
+        model.sizes,
+        "--batch",
+        f"1..{settings.max_batch}",
+        "--force",
+    ]
     build_bundle(Path(model.model), target, *model.flags, *flags, cache=settings.work / "cache")
     return target
 
 
 def draw(bundle: Path, cases: Sequence[TaskCase], settings: Settings) -> Iterator[Picture]:
-    """One picture a case, in the cases' order, drawn in mixed batches as a service would."""
-    with (
-        sdrt.open(bundle, threads=settings.threads) as pipeline,
-        sdrt.Batcher(pipeline, max_batch=settings.max_batch, max_queue=len(cases)) as batcher,
-    ):
-        tickets = [batcher.submit(request_of(case, settings)) for case in cases]
-        for ticket in tickets:
-            yield np.asarray(ticket.result().images[0])
+    """One picture a case, in the cases' order."""
+    requests = [request_of(case, settings) for case in cases]
+    return draw_batched(bundle, requests, threads=settings.threads, max_batch=settings.max_batch)
 
 
 def request_of(case: TaskCase, settings: Settings) -> sdrt.Request:
@@ -160,23 +160,15 @@ def _run(tasks: Sequence[str], settings: Settings, options: argparse.Namespace) 
     for task in tasks:
         cases = task_cases(task, options.cases)
         print(f"{task}: building", file=sys.stderr, flush=True)
-        bundle, began = build(MODELS[task], settings), time.monotonic()
-        pictures = list(_counted(task, draw(bundle, cases, settings), len(cases)))
-        seconds = round(time.monotonic() - began, 1)
+        bundle = build(MODELS[task], settings)
+        pictures, seconds = timed(task, draw(bundle, cases, settings), len(cases))
         score = judge_task(task, cases, pictures)
-        results[task] = asdict(score) | {"passed": score.passed, "seconds": seconds}
+        results[task] = asdict(score) | {"passed": score.passed, "seconds": round(seconds, 1)}
         passed = passed and score.passed
         if options.pictures is not None:
             options.pictures.mkdir(parents=True, exist_ok=True)
             contact_sheet(cases, pictures).save(options.pictures / f"{task}.png")
     return results, passed
-
-
-def _counted(name: str, pictures: Iterator[Picture], count: int) -> Iterator[Picture]:
-    for number, picture in enumerate(pictures, start=1):
-        print(f"\r{name}: {number} of {count}", end="", file=sys.stderr, flush=True)
-        yield picture
-    print(file=sys.stderr)
 
 
 def contact_sheet(cases: Sequence[TaskCase], pictures: Sequence[Picture]) -> Image.Image:

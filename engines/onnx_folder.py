@@ -127,14 +127,15 @@ def _model_of_configs(path: Path) -> ModelRecord:
     levels = len(_list(unet, "block_out_channels", unet_file))
     vae_downsample = 2 ** (len(_list(vae, "block_out_channels", vae_file)) - 1)
     latent_channels = _whole(unet, "out_channels", unet_file) if "out_channels" in unet else 4
-    task = task_of_channels(_whole(unet, "in_channels", unet_file) - latent_channels)
+    conditioning_channels = _whole(unet, "in_channels", unet_file) - latent_channels
+    task = task_of_channels(conditioning_channels)
     height, width = latent_sides(task, unet)
     return ModelRecord(
         name=path.resolve().name,
         identity=_identity(path),
         task=task,
         latent_channels=latent_channels,
-        conditioning_channels=_whole(unet, "in_channels", unet_file) - latent_channels,
+        conditioning_channels=conditioning_channels,
         vae_downsample=vae_downsample,
         size_multiple=vae_downsample * 2 ** (levels - 1),
         noise_augmentation=_noise_augmentation(path),
@@ -151,18 +152,22 @@ def _model_of_configs(path: Path) -> ModelRecord:
 
 def _scheduler_class(path: Path, scheduler: Mapping[str, JsonValue]) -> str:
     """That of model_index.json, which counts in diffusers, where the exporter wrote one."""
-    index = _read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
-    entry = index.get("scheduler")
+    entry = _index(path).get("scheduler")
     named = entry[1] if isinstance(entry, list) and len(entry) == 2 else scheduler.get("_class_name", "")
     return str(named)
+
+
+def _index(path: Path) -> dict[str, JsonValue]:
+    """The content of model_index.json; nothing where the exporter wrote none."""
+    file = path / "model_index.json"
+    return _read_json(file) if file.exists() else {}
 
 
 def _noise_augmentation(path: Path) -> NoiseAugmentation | None:
     file = path / "low_res_scheduler" / "scheduler_config.json"
     if not file.exists():
         return None
-    index = _read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
-    level = index.get("max_noise_level", MAX_NOISE_LEVEL)
+    level = _index(path).get("max_noise_level", MAX_NOISE_LEVEL)
     if isinstance(level, bool) or not isinstance(level, int):
         raise CheckpointError(f"{path / 'model_index.json'}: max_noise_level is {level!r}", hint=_REEXPORT)
     return NoiseAugmentation(scheduler_config=dict(_read_json(file)), max_noise_level=level)

@@ -161,20 +161,32 @@ def open_values(path: Path, what: str, *, dimensions: int) -> npt.NDArray[np.flo
 
     what: of which they are the values, for the message.
     """
+    hint = "write it with numpy.save"
+    values = load_npy(path, what, hint=hint)
+    if not isinstance(values, np.ndarray):
+        raise RequestError(f"{path} holds several arrays", hint="write one with numpy.save")
+    if values.ndim != dimensions or math.prod(values.shape[:2]) > LARGEST_PIXELS:
+        shape = "[height, width]" if dimensions == 2 else "[height, width, 3]"
+        raise RequestError(
+            f"{path} holds an array of shape {list(values.shape)}",
+            hint=f"give numbers {shape}, of at most {LARGEST_PIXELS} pixels",
+        )
     try:
-        # Mapped, so that a header that promises more than the file holds is refused instead of allocated.
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(values, np.ndarray):
-            raise RequestError(f"{path} holds several arrays", hint="write one with numpy.save")
-        if values.ndim != dimensions or math.prod(values.shape[:2]) > LARGEST_PIXELS:
-            shape = "[height, width]" if dimensions == 2 else "[height, width, 3]"
-            raise RequestError(
-                f"{path} holds an array of shape {list(values.shape)}",
-                hint=f"give numbers {shape}, of at most {LARGEST_PIXELS} pixels",
-            )
         return np.array(values, np.float32)
+    except (TypeError, ValueError) as error:  # no numbers
+        raise RequestError(f"{path} holds no {what}: {error}", hint=hint) from error
+
+
+def load_npy(path: Path, what: str, *, hint: str) -> object:
+    """What a .npy file holds: an array, or several where it is an archive. RequestError for damage, naming `what`.
+
+    Mapped, so that a header that promises more than the file holds is refused instead of allocated.
+    """
+    try:
+        loaded: object = np.load(path, mmap_mode="r", allow_pickle=False)
     except (*DAMAGE, zipfile.BadZipFile) as error:
-        raise RequestError(f"{path} holds no {what}: {error}", hint="write it with numpy.save") from error
+        raise RequestError(f"{path} holds no {what}: {error}", hint=hint) from error
+    return loaded
 
 
 def _converted(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:

@@ -78,9 +78,7 @@ def _inputs_while_alike(trajectories: Sequence[Trajectory]) -> tuple[int, dict[s
 
 
 class _CollectedAtOnce:
-    """What batches have in common whose rows are over when `advance` returns, or none of them has begun to count."""
-
-    within_row = False
+    """What batches have in common that leave nothing queued: what `advance` has run is over when it returns."""
 
     def __init__(self, runner: Runner, trajectories: tuple[Trajectory, ...]) -> None:
         self.trajectories = trajectories
@@ -103,6 +101,8 @@ class _HostBatch(_CollectedAtOnce):
 
     What stays from row to row is put together once, and the next row's noise is drawn while the runner works.
     """
+
+    within_row = False
 
     def __init__(self, runner: Runner, trajectories: tuple[Trajectory, ...]) -> None:
         super().__init__(runner, trajectories)
@@ -177,7 +177,7 @@ class _WindowBatch(_CollectedAtOnce):
         self._spent = 0.0
 
     @property
-    def within_row(self) -> bool:  # type: ignore[override]
+    def within_row(self) -> bool:
         return bool(self._states or self._pieces)
 
     def advance(self) -> Faults:

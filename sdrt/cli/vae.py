@@ -1,7 +1,6 @@
 """`sdrt encode` and `sdrt decode`: between images and latents, with the bundle's VAE."""
 
 import io
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,14 +92,12 @@ def read_latents(path: Path) -> "FloatArray":
     """Latents from a .npy file, float32 [B, C, h, w] and finite. Raises RequestError."""
     import numpy as np
 
+    from sdrt.image import load_npy
+
     hint = "pass a file that `sdrt encode` wrote, or that numpy.save did"
-    try:
-        # Mapped, so that a header that promises more than the file holds is refused instead of allocated.
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise RequestError(f"there is no file {path}", hint="check the path") from None
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, OverflowError, zipfile.BadZipFile) as error:
-        raise RequestError(f"{path} holds no latents: {error}", hint=hint) from error
+    if not path.exists():
+        raise RequestError(f"there is no file {path}", hint="check the path")
+    array = load_npy(path, "latents", hint=hint)
     if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32, np.float64):
         raise RequestError(f"{path} holds no array of floating-point numbers", hint=hint)
     if array.ndim != 4 or 0 in array.shape:
