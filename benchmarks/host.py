@@ -131,7 +131,7 @@ def measure() -> dict[str, JsonValue]:
     worst = max(plans, key=plans.__getitem__)
     steps: dict[str, JsonValue] = {}
     mixtures = {
-        "eight requests, eight schedulers, four of them with noise": MIXTURE,
+        "eight requests, eight schedulers, three of them with noise": MIXTURE,
         "eight requests without noise": ("euler",) * REQUESTS,
         "one request": ("euler",),
     }

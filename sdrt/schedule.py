@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -14,12 +14,15 @@ from sdrt.errors import RequestError
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
+PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 Floats = npt.NDArray[np.float64]
 
 KARRAS_RHO = 7.0
 MAX_TRAIN_TIMESTEPS = 100_000
 _LARGEST = sys.float_info.max
 TERMINAL_ALPHA_CUMPROD = 2.0**-24  # stands for zero where a sigma must stay finite
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace")
+_LARGEST_BETA = 0.999  # of schedules that say how much signal is left
 
 SCHEDULE_FIELDS: Mapping[str, JsonValue] = {
     "num_train_timesteps": 1000,
@@ -70,7 +73,7 @@ class NoiseSchedule:
                 f"the noise schedule has betas from {betas.min():g} to {betas.max():g}, outside 0 to 1",
                 hint="check beta_start, beta_end and trained_betas in the checkpoint's scheduler_config.json",
             )
-        prediction_type = cast("PredictionType", read_choice(fields, "prediction_type", get_args(PredictionType)))
+        prediction_type = cast("PredictionType", read_choice(fields, "prediction_type", PREDICTION_TYPES))
         return cls(
             prediction_type=prediction_type,
             alphas_cumprod=alphas_cumprod.astype(np.float64),
@@ -214,12 +217,14 @@ def _betas(fields: Mapping[str, JsonValue]) -> npt.NDArray[np.float32]:
     steps = read_integer(fields, "num_train_timesteps", minimum=2, maximum=MAX_TRAIN_TIMESTEPS)
     if fields["trained_betas"] is not None:
         return _trained_betas(fields["trained_betas"], steps)
-    kind = read_choice(fields, "beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"))
-    if kind == "squaredcos_cap_v2":
-        return _cosine_betas(steps)
+    kind = read_choice(fields, "beta_schedule", BETA_SCHEDULES)
+    if kind in _SIGNAL_LEFT:
+        return _betas_of_signal(_SIGNAL_LEFT[kind](np.arange(steps + 1) / steps))
     start, end = read_number(fields, "beta_start"), read_number(fields, "beta_end")
     if kind == "linear":
         return _float32_linspace(start, end, steps)
+    if kind == "sigmoid":  # Xu et al. 2022 (GeoDiff, arXiv:2203.02923)
+        return np.float32(end - start) / (np.float32(1) + np.exp(-_float32_linspace(-6, 6, steps))) + np.float32(start)
     if min(start, end) < 0:
         raise _bad_field("beta_start", fields["beta_start"], "not negative, nor may beta_end be")
     return np.square(_float32_linspace(math.sqrt(start), math.sqrt(end), steps))
@@ -237,12 +242,34 @@ def _is_probability(value: JsonValue) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
-def _cosine_betas(steps: int) -> npt.NDArray[np.float32]:
-    """Nichol & Dhariwal 2021, eq. 17, each beta at most 0.999."""
-    time = np.arange(steps + 1) / steps
-    alphas_bar: Floats = np.square(np.cos((time + 0.008) / 1.008 * math.pi / 2))
-    betas: Floats = np.minimum(1 - alphas_bar[1:] / alphas_bar[:-1], 0.999)
-    return betas.astype(np.float32)
+def _betas_of_signal(alphas_bar: Floats) -> npt.NDArray[np.float32]:
+    """Betas that leave this much signal, float64 [T + 1], each at most 0.999: float32 [T]."""
+    return np.minimum(1 - alphas_bar[1:] / alphas_bar[:-1], _LARGEST_BETA).astype(np.float32)
+
+
+def _cosine(time: Floats) -> Floats:
+    """Nichol & Dhariwal 2021, eq. 17."""
+    return np.square(np.cos((time + 0.008) / 1.008 * math.pi / 2))
+
+
+def _exponential(time: Floats) -> Floats:
+    """ᾱ = exp(-12 t)."""
+    return np.exp(time * -12.0)
+
+
+def _laplace(time: Floats) -> Floats:
+    """The square root of ᾱ where log SNR follows a Laplace distribution, Hang et al. 2024 (arXiv:2407.03297)."""
+    log_snr = -0.5 * np.copysign(1, 0.5 - time) * np.log(1 - 2 * np.abs(0.5 - time) + 1e-6)
+    snr = np.exp(log_snr)
+    return np.sqrt(snr / (1 + snr))
+
+
+# How much signal is left at each time from 0 to 1.
+_SIGNAL_LEFT: Mapping[str, Callable[[Floats], Floats]] = {
+    "squaredcos_cap_v2": _cosine,
+    "exp": _exponential,
+    "laplace": _laplace,
+}
 
 
 def _float32_linspace(start: float, end: float, count: int) -> npt.NDArray[np.float32]:

@@ -51,7 +51,7 @@ def test_fields_that_are_absent_take_the_usual_defaults():
     assert schedule.alphas_cumprod[0] == pytest.approx(1 - 0.0001, rel=1e-6)
 
 
-@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace"])
 def test_noise_grows_with_the_timestep(beta_schedule: str):
     schedule = NoiseSchedule.from_config({**SD, "beta_schedule": beta_schedule})
     assert np.all(np.diff(schedule.sigmas) > 0)
@@ -126,7 +126,7 @@ def test_prediction_types_give_back_image_and_noise(prediction_type: str, level:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("beta_schedule", "sigmoid"),
+        ("beta_schedule", "wavy"),
         ("beta_schedule", None),
         ("beta_start", "0.1"),
         ("beta_start", float("nan")),

@@ -184,7 +184,7 @@ def test_timesteps_of_ones_own_contradict_a_sigma_spacing(field: str, name: str)
         ("euler", {"interpolation_type": "cubic"}),
         ("euler", {"timestep_type": "other"}),
         ("euler", {"final_sigmas_type": "other"}),
-        ("heun", {"beta_schedule": "exp"}),
+        ("heun", {"beta_schedule": "wavy"}),
         ("dpm_sde", {"noise_sampler_seed": 3}),
         ("edm_euler", {"prediction_type": "sample"}),
         ("edm_euler", {"sigma_schedule": "linear"}),

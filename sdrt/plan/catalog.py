@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+import numpy as np
+
 from sdrt.bundle import JsonValue
 from sdrt.errors import RequestError
 from sdrt.plan import (
@@ -32,7 +34,7 @@ from sdrt.plan import (
 from sdrt.plan.asked import AskedSteps
 from sdrt.plan.rows import SamplingPlan
 from sdrt.plan.spacing import SPACING_FIELDS
-from sdrt.schedule import SCHEDULE_FIELDS, NoiseSchedule
+from sdrt.schedule import PREDICTION_TYPES, SCHEDULE_FIELDS, NoiseSchedule
 
 # What a family's configs describe: betas of noise schedules, sigmas as EDM or flow matching has them, or nothing.
 Schedule = Literal["betas", "edm", "flow", "none"]
@@ -56,6 +58,32 @@ class Family:
     def spacings(self) -> tuple[str, ...]:
         """The sigma spacings that it can be asked for: "karras" and so on."""
         return tuple(_SUFFIXES[name] for name in SPACING_FIELDS if name in self.fields)
+
+    @property
+    def predictions(self) -> tuple[str, ...]:
+        """What its networks may predict, as `prediction_type` says; none where a config does not say."""
+        kinds = PREDICTION_TYPES if "prediction_type" in self.fields else ()
+        asked = AskedSteps(num_inference_steps=20)
+        return tuple(kind for kind in kinds if self._makes({"prediction_type": kind}, asked))
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Which of eta, timesteps and sigmas a request may choose."""
+        sigmas = (1.0, 0.5, 0.1) if self.schedule == "flow" else (9.0, 3.0, 0.5, 0.0)
+        asked = {
+            "eta": AskedSteps(num_inference_steps=20, eta=0.5),
+            "timesteps": AskedSteps(num_inference_steps=3, timesteps=(900.0, 500.0, 100.0)),
+            "sigmas": AskedSteps(num_inference_steps=3, sigmas=sigmas),
+        }
+        return tuple(name for name, each in asked.items() if self._makes({}, each))
+
+    def _makes(self, config: Mapping[str, JsonValue], asked: AskedSteps) -> bool:
+        try:
+            with np.errstate(all="ignore"):
+                self.plan({**self.fields, **config}, asked)
+        except RequestError:
+            return False
+        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

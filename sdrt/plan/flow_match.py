@@ -38,6 +38,9 @@ EULER_FIELDS: Mapping[str, JsonValue] = {
     # is dynamic.
     "mu": None,
     "shift_terminal": None,
+    # Nor these two: bounds of respaced sigmas, which it heeds where a config has them.
+    "sigma_max": None,
+    "sigma_min": None,
     "stochastic_sampling": False,
     "time_shift_type": "exponential",
     "use_dynamic_shifting": False,

@@ -1,7 +1,9 @@
 """The reference of every plan: a diffusers scheduler run step by step on random model outputs, and the comparison."""
 
+import importlib
 import inspect
 import sys
+import types
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -28,6 +30,8 @@ TOLERANCE_MANY_STEPS = 3e-5
 TOLERANCE_FLOAT32 = 1e-5
 TIMESTEP_TOLERANCE = 1e-4  # two last places of float32 at 999, where timesteps are fractions that come of the sigmas
 SHAPE = (1, 4, 3, 5)
+BROWNIAN = "DPMSolverSDEScheduler"
+GRID_AT_FIRST = (BROWNIAN, "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,
@@ -77,8 +81,40 @@ def draws(count: int, seed: int = 5) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((2 * count + 3, *SHAPE))
 
 
+class BrownianPath:
+    """Stands for the noise sampler of the reference's SDE: one path over sigma, each row adding its stretch to it."""
+
+    def __init__(self, noise: torch.Tensor):
+        self.noise = noise
+        self.row = 0
+        self.begun = self.middle = self.value = None
+
+    def __call__(self, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+        end = float(sigma_next)
+        if self.row % 2 == 0:
+            self.begun = self.middle = float(sigma)
+            self.value = 0
+        stretch = (self.middle - end) ** 0.5 * self.noise[2 + 2 * self.row]
+        self.row, self.middle, self.value = self.row + 1, end, self.value + stretch
+        return self.value / (self.begun - end) ** 0.5
+
+
+def scheduler_class(class_name: str) -> type:
+    """A class of diffusers, that with Brownian trees without the package that makes them."""
+    if class_name != BROWNIAN:
+        return getattr(diffusers, class_name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+        return getattr(importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde"), class_name)
+
+
 def make_scheduler(class_name: str, config: Mapping[str, object], **overrides: object):
-    return getattr(diffusers, class_name).from_config(dict(config), **overrides)
+    """Without the grid of a thousand steps that some make at first, which takes a second."""
+    found = scheduler_class(class_name)
+    with pytest.MonkeyPatch.context() as patch:
+        if class_name in GRID_AT_FIRST:
+            patch.setattr(found, "set_timesteps", lambda self, *_: setattr(self, "sigmas", torch.zeros(1)))
+        return found.from_config(dict(config), **overrides)
 
 
 def run_reference(
@@ -108,12 +144,16 @@ def run_reference(
                 setattr(scheduler, name, getattr(scheduler, name).double())
     timesteps = scheduler.timesteps[begin:]
     noise = torch.from_numpy(draws(len(timesteps))).to(dtype)
+    brownian = type(scheduler).__name__ == BROWNIAN
+    if brownian:
+        scheduler.noise_sampler = BrownianPath(noise)
     initial = float(getattr(scheduler, "init_noise_sigma", 1.0))  # flow matching has neither this nor an input scale
     scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     sample = noise[0] * initial
     states, scales = [], []
     drawn = [False] * len(timesteps)
-    handed_over = eta is not None and eta > 0 and "variance_noise" in inspect.signature(scheduler.step).parameters
+    with_eta = eta is not None and eta > 0
+    given = with_eta and "variance_noise" in inspect.signature(scheduler.step).parameters
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "float32", dtype)  # the schedulers' upcasts to float32 must not lose float64
         for row, timestep in enumerate(timesteps):
@@ -125,7 +165,7 @@ def run_reference(
             patch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", draw, raising=False)
             scales.append(float(scale(torch.ones(1, dtype=dtype), timestep)))
             options = {} if eta is None else {"eta": eta}
-            options |= {"variance_noise": noise[2 + 2 * row]} if handed_over else {}
+            options |= {"variance_noise": noise[2 + 2 * row]} if given else {}
             output = noise[1 + 2 * row] + feedback * scales[-1] * sample
             sample = scheduler.step(output, timestep, sample, **options).prev_sample
             states.append(sample.numpy().astype(np.float64))
@@ -134,32 +174,35 @@ def run_reference(
         input_scales=np.array(scales),
         states=states,
         initial_scale=initial,
-        draws=None if handed_over else drawn,
+        draws=None if given or brownian else drawn,
     )
 
 
-def run_plan(plan, feedback: float = 0.0) -> list[np.ndarray]:
-    noise = draws(len(plan))
-    state = np.zeros((plan.slots, *SHAPE))
-    state[0] = noise[0] * plan.initial_scale
+def run_plan(plan, feedback: float = 0.0, dtype: type[np.floating] = np.float64) -> list[np.ndarray]:
+    """The states after each row; float32 is what the step graph reckons in, coefficients and all."""
+    noise = draws(len(plan)).astype(dtype)
+    state = np.zeros((plan.slots, *SHAPE), dtype)
+    state[0] = noise[0] * dtype(plan.initial_scale)
+    scales, transitions = plan.input_scales.astype(dtype), plan.transitions.astype(dtype)
     states = []
     for row in range(len(plan)):
-        output = noise[1 + 2 * row] + feedback * plan.input_scales[row] * state[0]
+        output = noise[1 + 2 * row] + dtype(feedback) * scales[row] * state[0]
         operands = np.concatenate([state, output[None], noise[2 + 2 * row][None]])
         excess = 0.0 if plan.clamp is None else clamped_excess(plan.clamp, row, state[0], output)
-        state = np.tensordot(plan.transitions[row], operands, 1)
+        state = np.tensordot(transitions[row], operands, 1)
         if plan.clamp is not None:
-            state = state + plan.clamp.weights[row].reshape(-1, 1, 1, 1, 1) * excess
+            state = state + plan.clamp.weights[row].astype(dtype).reshape(-1, 1, 1, 1, 1) * excess
         states.append(state[0])
     return states
 
 
 def clamped_excess(clamp: Clamp, row: int, latents: np.ndarray, output: np.ndarray) -> np.ndarray:
-    """What clamping changes of x₀, by the definition that `Clamp` states."""
-    x0 = clamp.estimates[row, 0] * latents + clamp.estimates[row, 1] * output
+    """What clamping changes of x₀, by the definition that `Clamp` states; in the precision of `latents`."""
+    estimates = clamp.estimates[row].astype(latents.dtype)
+    x0 = estimates[0] * latents + estimates[1] * output
     if clamp.ratio is None:
         return np.clip(x0, -clamp.limit, clamp.limit) - x0
-    limit = np.clip(np.quantile(np.abs(x0), clamp.ratio), 1, clamp.limit)
+    limit = np.clip(np.quantile(np.abs(x0), clamp.ratio).astype(latents.dtype), 1, clamp.limit)
     return np.clip(x0, -limit, limit) / limit - x0
 
 

@@ -261,5 +261,6 @@ def test_the_image_enters_as_add_noise_has_it(check, first: int):
     plan = check(STABLE_DIFFUSION, 5, first=first)
     scheduler = make_scheduler("DDPMScheduler", STABLE_DIFFUSION)
     both = torch.eye(2, dtype=torch.float64)
-    theirs = scheduler.add_noise(both[0], both[1], torch.tensor([int(plan.timesteps[0])]))
-    np.testing.assert_allclose(plan.noised, theirs.numpy(), rtol=1e-6)
+    for row, timestep in enumerate(plan.timesteps):
+        theirs = scheduler.add_noise(both[0], both[1], torch.tensor([int(timestep)]))
+        np.testing.assert_allclose(plan.noised[row], theirs.numpy(), rtol=1e-6)

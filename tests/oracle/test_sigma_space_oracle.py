@@ -1,16 +1,12 @@
 """The plans in sigma space against the diffusers class of their name, on the same random model outputs."""
 
-import importlib
 import inspect
-import sys
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import diffusers
 import numpy as np
 import pytest
-import torch
 
 from sdrt.plan import SamplingPlan, edm, flow_match
 from sdrt.plan.asked import AskedSteps
@@ -33,7 +29,7 @@ from tests.oracle.plan_reference import (
     TIMESTEP_TOLERANCE,
     TOLERANCE,
     Reference,
-    draws,
+    make_scheduler,
     run_plan,
     run_reference,
 )
@@ -92,56 +88,8 @@ def shown(value: object) -> str | None:
     return None
 
 
-class BrownianPath:
-    """Stands for the reference's noise sampler: one path over sigma, each row adding its stretch to it."""
-
-    def __init__(self, noise: torch.Tensor):
-        self.noise = noise
-        self.row = 0
-        self.begun = self.middle = self.value = None
-
-    def __call__(self, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        end = float(sigma_next)
-        if self.row % 2 == 0:
-            self.begun = self.middle = float(sigma)
-            self.value = 0
-        stretch = (self.middle - end) ** 0.5 * self.noise[2 + 2 * self.row]
-        self.row, self.middle, self.value = self.row + 1, end, self.value + stretch
-        return self.value / (self.begun - end) ** 0.5
-
-
-def dpm_sde_class(patch: pytest.MonkeyPatch):
-    """The class, which cannot be imported without the package that makes its Brownian trees."""
-    patch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
-    return importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde").DPMSolverSDEScheduler
-
-
-def build_scheduler(scheduler_class: type, config: Mapping[str, object]):
-    """Without the grid of a thousand steps that some make at first, which takes a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler_class, "set_timesteps", lambda self, *_: setattr(self, "sigmas", torch.zeros(1)))
-        return scheduler_class.from_config(dict(config))
-
-
 def reference_of(case: Case, config: Mapping[str, object], steps: int, **options: object) -> Reference:
-    with pytest.MonkeyPatch.context() as patch:
-        if case is DPM_SDE:
-            scheduler = build_scheduler(dpm_sde_class(patch), config)
-            made = scheduler.set_timesteps
-
-            def set_timesteps(**given: object) -> None:
-                made(**given)
-                rows = len(scheduler.timesteps) - options.get("first", 0) * scheduler.order
-                scheduler.noise_sampler = BrownianPath(torch.from_numpy(draws(rows)))
-
-            scheduler.set_timesteps = set_timesteps
-            return run_reference(scheduler, steps, **options)._replace(draws=None)
-        scheduler = build_scheduler(getattr(diffusers, case.class_name), config)
-        if case in (FLOW_EULER, FLOW_HEUN):
-            # What it lacks of the others' interface: the network sees x as it is.
-            scheduler.init_noise_sigma = 1.0
-            scheduler.scale_model_input = lambda sample, timestep: sample
-        return run_reference(scheduler, steps, **options)
+    return run_reference(make_scheduler(case.class_name, config), steps, **options)
 
 
 def check(
