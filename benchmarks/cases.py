@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PICTURES = ("image", "mask_image", "depth_map")  # what a task may be given, in the names of `sdrt.Request`
+# What a task may be given, in the names of `sdrt.Request`.
+PICTURES = ("image", "mask_image", "depth_map", "control_image")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 import sdrt
 from sdrt.errors import BackendError
-from sdrt.tasks.base import TaskName
 
 Picture = npt.NDArray[np.uint8]
 
@@ -178,7 +177,7 @@ def pytorch(
     precision: str,
     *,
     threads: int | None,
-    task: TaskName = "text-to-image",
+    task: str = "text-to-image",
     compile_unet: bool = False,
     cuda: bool = False,
 ) -> ContestantSpec:

@@ -1,9 +1,12 @@
 """The machine that figures come from, in the words a reader needs to judge them."""
 
+import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 
 from sdrt._version import VERSION
@@ -28,6 +31,7 @@ def describe_machine() -> dict[str, JsonValue]:
         "python": platform.python_version(),
         "sdrt": VERSION,
         "commit": source_commit(),
+        "source": source_digest(),
         "packages": packages,
     }
 
@@ -39,6 +43,16 @@ def source_commit() -> str | None:
     if commit is None:
         return None
     return f"{commit}+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
+
+
+def source_digest(packages: Sequence[str] = ("sdrt", "sdrt.export", "sdrt.engines")) -> str:
+    """What tells the code that builds and draws from any other, committed or not: 12 hex digits."""
+    digest = hashlib.sha256()
+    for folder in (Path(str(files(package))) for package in packages):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -13,7 +13,6 @@ from sdrt.benchmarks.suites import sd15, shapes
 from sdrt.bundle import Bundle, JsonValue
 from sdrt.errors import CheckpointError, RequestError
 from sdrt.progress import Progress
-from sdrt.tasks.base import TaskName
 
 CUDA_PEERS = ("pytorch-cuda-fp16", "pytorch-cuda-compile")
 PEERS = ("pytorch-fp32", "pytorch-bf16", "pytorch-compile", "openvino-genai", *CUDA_PEERS)
@@ -149,7 +148,7 @@ def contestants_of(
     return specs
 
 
-def pytorch_peer(name: str, model: Path, *, threads: int, task: TaskName = "text-to-image") -> ContestantSpec:
+def pytorch_peer(name: str, model: Path, *, threads: int, task: str = "text-to-image") -> ContestantSpec:
     """The contestant of one of the peers that are PyTorch."""
     cuda, compiles = name in CUDA_PEERS, name.endswith("-compile")
     precision = "fp16" if cuda else "bf16" if name == "pytorch-bf16" else "fp32"

@@ -21,14 +21,14 @@ from sdrt.benchmarks.page import png_bytes
 from sdrt.benchmarks.report import Bar, ParityVerdict, bars_of, parity_verdict, raw_timings
 from sdrt.benchmarks.run import Record, Resident, Row, compare, summarise
 from sdrt.benchmarks.subjects import pytorch_peer
-from sdrt.benchmarks.suites.checkpoints import make_checkpoint
+from sdrt.benchmarks.suites.checkpoints import CONTROLNET, make_checkpoint
 from sdrt.benchmarks.suites.tasks import BARS, SIDES, Scale, SuiteTask, case_of, layout_of, subjects_of
 from sdrt.bundle import Bundle, JsonValue
 from sdrt.files import write_atomically
 from sdrt.progress import Progress
 
 Machine = Mapping[str, Any]
-_COMPUTES = ("cpu", "cores", "python", "sdrt", "packages")  # of the machine: what figures depend on
+_COMPUTES = ("cpu", "cores", "python", "sdrt", "source", "packages")  # of the machine: what figures depend on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +89,7 @@ def make(subject: str, settings: Settings, folder: Path, progress: Progress) -> 
     make_checkpoint(checkpoint, layout_of(subject, settings.scale))
     side = SIDES[settings.scale]
     flags = ["--sizes", f"{side}x{side}", "--batch", "1", "--precision", settings.precision]
+    flags += ["--controlnet", str(checkpoint / CONTROLNET)] if layout_of(subject, settings.scale).controlled else []
     progress(f"{subject}: sdrt build", 1, 2)
     shutil.rmtree(cache, ignore_errors=True)  # so that the build is timed whole
     built = build_bundle(checkpoint, bundle, *flags, "--threads", str(settings.threads), "--force", cache=cache)
@@ -104,9 +105,10 @@ def make(subject: str, settings: Settings, folder: Path, progress: Progress) -> 
 
 def measure(task: SuiteTask, case: Case, made: Made, settings: Settings, say: Progress) -> list[Record]:
     """The contestants in turns, each in a process of its own."""
-    peers = [pytorch_peer(name, made.checkpoint, threads=settings.threads, task=task.task) for name in settings.peers]
+    threads = settings.threads
+    peers = [pytorch_peer(name, made.checkpoint, threads=threads, task=task.pipeline) for name in settings.peers]
     return compare(
-        [contestants.compiled(made.bundle, threads=settings.threads), *peers],
+        [contestants.compiled(made.bundle, threads=threads), *peers],
         [case],
         rounds=settings.rounds,
         warmup=settings.warmup,

@@ -17,7 +17,7 @@ from sdrt.benchmarks.baselines.protocol import peak_bytes
 from sdrt.benchmarks.builds import ensure_peers, run_timed
 from sdrt.benchmarks.cases import Case
 from sdrt.benchmarks.contestants import Contestant, ContestantSpec, compiled
-from sdrt.benchmarks.machine import describe_machine
+from sdrt.benchmarks.machine import describe_machine, source_digest
 from sdrt.benchmarks.run import compare, rotated
 from sdrt.benchmarks.subjects import bundle_subject, judged, peer_names, resized
 from sdrt.benchmarks.suites import shapes
@@ -286,6 +286,7 @@ def test_the_machine_is_described_well_enough_to_judge_figures():
     assert machine["memory_gib"] > 0
     assert "torch" in machine["packages"]
     assert json.loads(json.dumps(machine)) == machine
+    assert machine["source"] == source_digest() != source_digest(("sdrt.export",))
 
 
 def test_a_case_leaves_out_what_it_does_not_say():

@@ -45,12 +45,21 @@ MACHINE = {
     "load_average": 0.0,
     "python": "3",
     "sdrt": "1",
+    "source": "abc",
     "commit": None,
     "packages": {"numpy": "2"},
 }
 SD1 = ("text-to-image", "image-to-image", "inpainting")
 # Millions, of stable-diffusion-v1-5 and what was fine-tuned from it, stable-diffusion-2-depth and -x4-upscaler.
-UNET_PARAMETERS = {"sd1": 860, "sd1-inpainting": 860, "sd1-editing": 860, "sd2-depth": 866, "x4-upscaler": 473}
+UNET_PARAMETERS = {
+    "sd1": 860,
+    "sd1-inpainting": 860,
+    "sd1-editing": 860,
+    "sd1-controlnet": 860,
+    "sd2-depth": 866,
+    "x4-upscaler": 473,
+}
+CHANNELS = {"sd1-inpainting": 9, "sd1-editing": 8, "sd2-depth": 5, "x4-upscaler": 7}  # others have 4
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +166,9 @@ def test_a_bad_argument_is_refused_before_any_work(tmp_path, flags, message):
     assert not out.exists()
 
 
-def test_every_task_but_outpainting_is_in_the_suite():
+def test_every_task_but_outpainting_is_in_the_suite_and_one_with_a_controlnet():
     assert {task.task for task in TASKS} == {kind.name for kind in KINDS} - {"outpainting"}
+    assert [task.name for task in TASKS if task.controlled] == ["controlnet"]
 
 
 def test_the_help_names_the_tasks(monkeypatch, capsys):
@@ -177,7 +187,7 @@ def test_full_size_is_that_of_the_published_model(subject):
     with torch.device("meta"):
         unet = UNet2DConditionModel(**layout_of(subject, "full").unet)
     assert round(sum(weights.numel() for weights in unet.parameters()) / 1e6) == UNET_PARAMETERS[subject]
-    assert unet.config.in_channels == {"sd1": 4, "sd1-inpainting": 9, "sd1-editing": 8, "sd2-depth": 5}.get(subject, 7)
+    assert unet.config.in_channels == CHANNELS.get(subject, 4)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
@@ -187,10 +197,20 @@ def test_a_small_checkpoint_is_one_of_its_task_and_its_pipeline_draws_the_case(c
     assert kinds
     assert all(checkpoint.task in kind.models for kind in kinds)
     case = case_of(task, "small", tmp_path, steps=2)
-    picture, timings = load_pipeline(str(checkpoint.path), PIPELINES[task.task], threads=1)(case.arguments())
+    picture, timings = load_pipeline(str(checkpoint.path), PIPELINES[task.pipeline], threads=1)(case.arguments())
     assert picture.shape == (64, 64, 3)
     assert picture.std() > 1
     assert len(timings["step_seconds"]) == (1 if "strength" in task.options else 2)
+
+
+def test_a_controlnet_has_a_say_in_the_small_checkpoint(checkpoints, tmp_path):
+    (task,) = tasks_named("controlnet")
+    draw = load_pipeline(str(checkpoints / task.subject), PIPELINES[task.pipeline], threads=1)
+    case = case_of(task, "small", tmp_path, steps=2)
+    steered, free = (
+        draw({**case.arguments(), "controlnet_conditioning_scale": scale})[0].astype(int) for scale in (0.8, 0.0)
+    )
+    assert np.abs(steered - free).max() > 8
 
 
 def test_the_same_checkpoint_but_for_its_unet_shares_the_rest(checkpoints):
@@ -254,6 +274,13 @@ def test_a_result_of_other_settings_is_not_kept(bench, change):
     bench.log.clear()
     list(bench.results("text-to-image", settings=replace(SETTINGS, **change)))
     assert bench.log[-1] == "measure text-to-image"
+
+
+def test_a_result_of_other_code_is_not_kept(bench, monkeypatch):
+    list(bench.results("text-to-image"))
+    monkeypatch.setitem(MACHINE, "source", "def")
+    list(bench.results("text-to-image"))
+    assert bench.log.count("measure text-to-image") == 2
 
 
 def test_a_damaged_result_is_measured_again(bench):

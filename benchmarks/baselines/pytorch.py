@@ -25,11 +25,13 @@ class TaskPipeline:
     """The pipeline that does a task. without: what it is loaded with in place of components that are left out.
 
     sized: it takes height and width; the others work in the size of the image that they are given.
+    controlled: it has a ControlNet, which is in the checkpoint's folder, and calls what that sees its image.
     """
 
     class_name: str
     without: Mapping[str, object]
     sized: bool = False
+    controlled: bool = False
 
 
 _UNFILTERED = {"safety_checker": None, "requires_safety_checker": False}
@@ -42,6 +44,9 @@ PIPELINES = {
     ),
     "upscaling": TaskPipeline(class_name="StableDiffusionUpscalePipeline", without={"safety_checker": None}),
     "editing": TaskPipeline(class_name="StableDiffusionInstructPix2PixPipeline", without=_UNFILTERED),
+    "controlnet": TaskPipeline(
+        class_name="StableDiffusionControlNetPipeline", without=_UNFILTERED, sized=True, controlled=True
+    ),
 }
 
 
@@ -91,8 +96,14 @@ def load_pipeline(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    dtype = getattr(torch, PRECISIONS[precision])
+    more: dict[str, Any] = {}
+    if kind.controlled:
+        more["controlnet"] = diffusers.ControlNetModel.from_pretrained(
+            model, subfolder="controlnet", torch_dtype=dtype, local_files_only=True
+        )
     pipeline = getattr(diffusers, kind.class_name).from_pretrained(
-        model, torch_dtype=getattr(torch, PRECISIONS[precision]), local_files_only=True, **kind.without
+        model, torch_dtype=dtype, local_files_only=True, **kind.without, **more
     )
     pipeline.set_progress_bar_config(disable=True)
     if cuda:
@@ -106,6 +117,7 @@ def load_pipeline(
         "text_encoder": clock(pipeline.text_encoder, "forward"),
         "unet": clock(pipeline.unet, "forward"),
         "vae": clock(pipeline.vae, "decode"),
+        **({"controlnet": clock(pipeline.controlnet, "forward")} if kind.controlled else {}),
     }
     own = pipeline.scheduler
 
@@ -119,9 +131,10 @@ def load_pipeline(
             class_name, overrides = SCHEDULERS[name]
             pipeline.scheduler = getattr(diffusers, class_name).from_config(own.config, **overrides)
         image = pipeline(generator=generator, **arguments).images[0]
+        networks = [clocks[name]() for name in ("unet", "controlnet") if name in clocks]
         return np.asarray(image), {
             "text_encoder_seconds": sum(clocks["text_encoder"]()),
-            "step_seconds": clocks["unet"](),
+            "step_seconds": [sum(seconds) for seconds in zip(*networks, strict=True)],
             "vae_decoder_seconds": sum(clocks["vae"]()),
         }
 
@@ -135,6 +148,8 @@ def _arguments(case: Case, kind: TaskPipeline) -> dict[str, Any]:
     arguments = with_pictures(case)
     if not kind.sized:
         del arguments["height"], arguments["width"]
+    if kind.controlled:
+        arguments["image"] = arguments.pop("control_image").convert("RGB")
     if "depth_map" in arguments:
         arguments["depth_map"] = torch.from_numpy(np.asarray(arguments["depth_map"], np.float32))[None]
     return arguments

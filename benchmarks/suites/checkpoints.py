@@ -20,6 +20,7 @@ PNDM: Config = {
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
+CONTROLNET = "controlnet"
 _FILTERED: Config = {"requires_safety_checker": False}
 # Beside the components that every checkpoint has: what a pipeline's index says of what is absent, and its own fields.
 _INDEX: Mapping[str, tuple[tuple[str, ...], Config]] = {
@@ -38,7 +39,8 @@ _INDEX: Mapping[str, tuple[tuple[str, ...], Config]] = {
 class Layout:
     """A checkpoint but for its weights: the pipeline's class, and the config of each part.
 
-    low_res_scheduler: of upscalers, the schedule of the noise on the small image.
+    low_res_scheduler: of upscalers, the schedule of the noise on the small image. controlled: with a ControlNet of the
+    UNet's layout beside it, in the folder CONTROLNET.
     """
 
     pipeline_class: str
@@ -47,6 +49,7 @@ class Layout:
     unet: Config
     scheduler: Config = field(default_factory=lambda: PNDM)
     low_res_scheduler: Config | None = None
+    controlled: bool = False
 
     @property
     def digest(self) -> str:
@@ -107,13 +110,21 @@ def _write_tokenizer(folder: Path) -> None:
 def _write_models(staged: Path, layout: Layout, seed: int) -> None:
     """One model in memory at a time. The UNet is last, so that layouts which differ in it alone share the others."""
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
     CLIPTextModel(CLIPTextConfig(**layout.text_encoder)).save_pretrained(staged / "text_encoder")
     AutoencoderKL(**layout.vae).save_pretrained(staged / "vae")
-    UNet2DConditionModel(**layout.unet).save_pretrained(staged / "unet", max_shard_size="10GB")
+    unet = UNet2DConditionModel(**layout.unet)
+    unet.save_pretrained(staged / "unet", max_shard_size="10GB")
+    if layout.controlled:
+        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 96, 256))
+        del unet
+        for name, parameter in controlnet.named_parameters():
+            if not bool(parameter.any()):  # what begins at zero would steer nothing
+                torch.nn.init.normal_(parameter, std=0.02 if name.endswith("weight") else 0.0)
+        controlnet.save_pretrained(staged / CONTROLNET, max_shard_size="10GB")
 
 
 def _write_scheduler(folder: Path, config: Config) -> None:

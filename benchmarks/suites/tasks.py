@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from sdrt.benchmarks.cases import Case
 from sdrt.benchmarks.contestants import PYTORCH_FP32
@@ -32,7 +32,8 @@ BARS: Mapping[str, tuple[str, str, float]] = {  # name → (kind of ratio, peer,
 class SuiteTask:
     """name: in this suite; task: what is done, in sdrt's words; subject: the checkpoint it is done with.
 
-    brings: the pictures that it is given; options: fields of its request.
+    brings: the pictures that it is given; options: fields of its request; controlled: by a ControlNet, which has a
+    pipeline of its own in diffusers.
     """
 
     name: str
@@ -40,6 +41,12 @@ class SuiteTask:
     subject: str
     brings: tuple[str, ...] = ()
     options: Mapping[str, float] = field(default_factory=dict)
+    controlled: bool = False
+
+    @property
+    def pipeline(self) -> str:
+        """What the reference's pipeline for it is called among the contestants."""
+        return "controlnet" if self.controlled else self.task
 
 
 TASKS: tuple[SuiteTask, ...] = (
@@ -67,6 +74,14 @@ TASKS: tuple[SuiteTask, ...] = (
         subject="sd1-editing",
         brings=("image",),
         options={"image_guidance_scale": 1.5},
+    ),
+    SuiteTask(
+        name="controlnet",
+        task="text-to-image",
+        subject="sd1-controlnet",
+        brings=("control_image",),
+        options={"controlnet_conditioning_scale": 0.8},
+        controlled=True,
     ),
 )
 
@@ -113,6 +128,12 @@ def _image(side: int) -> npt.NDArray[np.uint8]:
     return np.asarray(Image.fromarray(scene).resize((side, side), Image.Resampling.LANCZOS))
 
 
+def _edges(side: int) -> npt.NDArray[np.uint8]:
+    """The outlines of that scene: uint8 [side, side, 3], white on black."""
+    outlines = Image.fromarray(_image(side)).convert("L").filter(ImageFilter.FIND_EDGES)
+    return np.repeat(np.where(np.asarray(outlines) > 20, np.uint8(255), np.uint8(0))[..., None], 3, axis=-1)
+
+
 def _mask(side: int) -> npt.NDArray[np.uint8]:
     """An ellipse off the middle: uint8 [side, side], 255 where it is drawn anew."""
     drawn = Image.new("L", (side, side))
@@ -132,6 +153,7 @@ _PICTURES: Mapping[str, Callable[[int], npt.NDArray[np.uint8] | npt.NDArray[np.u
     "image": _image,
     "mask_image": _mask,
     "depth_map": _depth,
+    "control_image": _edges,
 }
 
 
@@ -140,7 +162,13 @@ def layout_of(subject: str, scale: Scale) -> Layout:
     return _LAYOUTS[subject](scale)
 
 
-def _sd1(scale: Scale, pipeline_class: str = "StableDiffusionPipeline", conditioning_channels: int = 0) -> Layout:
+def _sd1(
+    scale: Scale,
+    pipeline_class: str = "StableDiffusionPipeline",
+    conditioning_channels: int = 0,
+    *,
+    controlled: bool = False,
+) -> Layout:
     """Stable Diffusion 1.5, and what was fine-tuned from it with more channels at the UNet's input."""
     base = sd15.LAYOUT if scale == "full" else _SMALL
     return Layout(
@@ -148,6 +176,7 @@ def _sd1(scale: Scale, pipeline_class: str = "StableDiffusionPipeline", conditio
         text_encoder=base.text_encoder,
         vae=base.vae,
         unet={**base.unet, "in_channels": 4 + conditioning_channels},
+        controlled=controlled,
     )
 
 
@@ -261,6 +290,7 @@ _LAYOUTS: Mapping[str, Callable[[Scale], Layout]] = {
     "sd1": _sd1,
     "sd1-inpainting": lambda scale: _sd1(scale, "StableDiffusionInpaintPipeline", 5),
     "sd1-editing": lambda scale: _sd1(scale, "StableDiffusionInstructPix2PixPipeline", 4),
+    "sd1-controlnet": lambda scale: _sd1(scale, controlled=True),
     "sd2-depth": _sd2_depth,
     "x4-upscaler": _x4_upscaler,
 }

@@ -33,7 +33,7 @@ def bench(
         typer.Option(
             metavar="A,B",
             help="Of --suite tasks: text-to-image, image-to-image, inpainting, inpainting-9-channels, depth-to-image, "
-            "upscaling, editing. Default: each.",
+            "upscaling, editing, controlnet. Default: each.",
             show_default=False,
         ),
     ] = None,
