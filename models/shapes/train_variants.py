@@ -55,7 +55,7 @@ MASKED_SCENES = 5_000  # of them
 EXTENDED_SCENES = 200  # for each side
 EXTENSION = 32
 UPSCALE_SCENES = 1_500
-UPSCALE_VAE_ITERATIONS = 2_000
+UPSCALE_VAE_ITERATIONS = 6_000
 UPSCALE_SCALING_FACTOR = 0.08333  # diffusers' upscale pipeline insists on this one
 WINDOW = 16  # of the latents, in the part of the upscaler's training that sees windows
 LOW_RES_SCHEDULE = {
@@ -106,7 +106,7 @@ RECIPES = {
     "inpaint": Recipe(iterations=1_500, batch=24, peak=1e-3, layout_given=True),
     "depth": Recipe(iterations=1_350, batch=24, peak=1e-3, layout_given=True),
     "edges": Recipe(iterations=450, batch=24, peak=1e-3),  # nothing trained can be spoilt: its outputs begin at zero
-    "upscale": Recipe(iterations=400, batch=6, peak=1e-3, prediction_type="v_prediction", windows=0.9),
+    "upscale": Recipe(iterations=5_000, batch=6, peak=1e-3, prediction_type="v_prediction", windows=0.9),
 }
 
 
