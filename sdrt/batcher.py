@@ -2,7 +2,7 @@
 
 State is what `_Active` and the step batches hold, policy is `admit` and `choose_size`, execution is the pipeline's; the
 worker thread is the only one that computes. Its turn is: let requests leave and join, one step for one size, one image
-decoded.
+decoded, or one tile of a large one.
 """
 
 import threading
@@ -19,6 +19,7 @@ from PIL import Image
 
 from sdrt.errors import BackendError, BusyError, Cancelled, RequestError, SdrtError
 from sdrt.pipeline import Followed, Pipeline, Prepared, Result, as_request
+from sdrt.progress import Progress, Work, advance
 from sdrt.request import Request
 from sdrt.resolution import ResolvedRequest
 from sdrt.step_batch import Faults, StepBatch, open_batch
@@ -75,7 +76,7 @@ class Ticket:
         return self.future.done()
 
     def cancel(self) -> None:
-        """Stop the request: its lanes are free again within one step. Nothing happens when it is done."""
+        """Stop the request: its lanes are free again within a step or a tile. Nothing happens when it is done."""
         self._cancel_asked = True
         self._wake()
 
@@ -91,13 +92,14 @@ class Ticket:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Active:
-    """A request in the running batch."""
+    """A request in the running batch. drawing: of the image that is being decoded, from its first tile on."""
 
     ticket: Ticket
     prepared: Prepared
     began: float
     step_seconds: list[float] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
+    drawing: Work[Image.Image] | None = None
     vae_decoder_seconds: float = 0.0
     float32_decodes: int = 0
     followed: list[Followed] = field(default_factory=list)
@@ -141,7 +143,7 @@ def admit(waiting: Sequence[int], running: int, max_batch: int, *, undecoded: in
 
 
 def choose_size(sizes: Sequence[Size], last: Size | None) -> Size:
-    """Which size steps next, when trajectories of several sizes run: each in turn, so none starves."""
+    """Which size steps, or is decoded, next when there are several: each in turn, so none starves."""
     distinct = sorted(set(sizes))
     if last is None:
         return distinct[0]
@@ -170,6 +172,7 @@ class Batcher:
         self._closing = self._stopping = False
         self._joining: Ticket | None = None
         self._last_size: Size | None = None
+        self._last_decoded: Size | None = None
         self._batches: dict[Size, StepBatch] = {}
         self._steps = self._stepped = 0
         self._outcomes = {"done": 0, "failed": 0, "cancelled": 0}
@@ -292,7 +295,7 @@ class Batcher:
         ticket._running = True
         began = time.perf_counter()
         try:
-            prepared = self._pipeline.prepare(ticket.request)
+            prepared = self._pipeline.prepare(ticket.request, progress=self._unless_cancelled(ticket))
         except Exception as error:  # whatever stops one request must not stop the others
             self._settle(ticket, error)
             return
@@ -367,28 +370,45 @@ class Batcher:
             self._drop_batch(size)
 
     def _decode(self) -> None:
-        """Decode one image, or start it in its second pass: those being denoised wait for no more than that."""
-        item = next((item for item in self._active if item.prepared.finished), None)
-        if item is None:
+        """Decode one image, or one tile of a large one, or start one in its second pass: no one waits for more.
+
+        Sizes take turns, so that small images do not wait for all tiles of a large one; one image of a size is begun.
+        """
+        denoised = [item for item in self._active if item.prepared.finished]
+        if not denoised:
             return
-        if item.prepared.following is not None:
+        self._last_decoded = choose_size([item.size for item in denoised], self._last_decoded)
+        group = [item for item in denoised if item.size == self._last_decoded]
+        item = next((item for item in group if item.drawing is not None), group[0])
+        if item.prepared.following is None:
+            self._draw(item)
+        else:
             self._follow(item)
-            return
+
+    def _draw(self, item: _Active) -> None:
+        """Go on with an image as far as one call of the VAE takes it; with the last one the request is done."""
         began, decoded_before = time.perf_counter(), self._pipeline.float32_decodes
         try:
-            item.images.append(self._pipeline.draw(item.prepared, len(item.images)))
+            if item.drawing is None:
+                item.drawing = self._pipeline.drawing(item.prepared, len(item.images))
+            image = advance(item.drawing)
         except Exception as error:  # a failed decode is this request's alone
             self._leave(item, error)
             return
         item.vae_decoder_seconds += time.perf_counter() - began
         item.float32_decodes += self._pipeline.float32_decodes - decoded_before
+        if image is None:
+            return
+        item.images.append(image)
+        item.drawing = None
         if len(item.images) == len(item.prepared.trajectories):
             self._leave(item, self._result(item))
 
     def _follow(self, item: _Active) -> None:
         """Start one image in the second pass; with the last one they all step on, in another size."""
         try:
-            item.followed.append(self._pipeline.follow(item.prepared, len(item.followed)))
+            progress = self._unless_cancelled(item.ticket)
+            item.followed.append(self._pipeline.follow(item.prepared, len(item.followed), progress=progress))
         except Exception as error:  # a failed decode is this request's alone
             self._leave(item, error)
             return
@@ -407,6 +427,15 @@ class Batcher:
 
     def _is_cancelled(self, ticket: Ticket) -> bool:
         return self._stopping or ticket._cancel_asked or ticket.future.cancelled()
+
+    def _unless_cancelled(self, ticket: Ticket) -> Progress:
+        """What ends the work for a ticket, between two tiles, when it is cancelled."""
+
+        def look(stage: str, done: int, total: int) -> None:
+            if self._is_cancelled(ticket):
+                raise _cancelled()
+
+        return look
 
     def _leave(self, item: _Active, outcome: Result | BaseException) -> None:
         with self._changed:

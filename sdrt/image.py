@@ -191,9 +191,13 @@ def load_npy(path: Path, what: str, *, hint: str) -> object:
 
 def _converted(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     _check_size(image.size, "the image")
-    if getattr(image, "n_frames", 1) > 1:
+    is_photo = image.format == "MPO"  # a phone's JPEG: the photo, then a depth or gain map, or another view
+    if getattr(image, "n_frames", 1) > 1 and not is_photo:
         raise RequestError("the image is an animation", hint="give one of its frames")
     try:
+        if is_photo:
+            image.seek(0)
+            _check_size(image.size, "the image")
         image.load()
     except (*DAMAGE, AssertionError, AttributeError) as error:  # Pillow asserts that its file is still open
         hint = "call its load() before its file is closed"

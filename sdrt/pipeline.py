@@ -15,6 +15,7 @@ from PIL import Image
 
 from sdrt._version import VERSION
 from sdrt.bundle import Bundle, JsonValue, ModelRecord
+from sdrt.checks import check_whole
 from sdrt.conditions import Steering
 from sdrt.controls import control_parameters, steer, without_say
 from sdrt.depth import estimate_depth
@@ -22,6 +23,7 @@ from sdrt.errors import RequestError
 from sdrt.guidance import Guidance, guidance_of
 from sdrt.image import from_pixels, to_images
 from sdrt.noise import GENERATORS, TorchGenerator, Variation
+from sdrt.progress import Progress, Work, complete, silent
 from sdrt.request import Request
 from sdrt.resolution import ResolvedRequest, VaeName, resolve_request, resolve_vae
 from sdrt.runners import open_runner
@@ -33,7 +35,7 @@ from sdrt.tasks.pictures import check_picture, pixels_sha256
 from sdrt.text import PromptEncoder
 from sdrt.tokenizer import Tokenizer
 from sdrt.trajectory import Trajectory, start_trajectory
-from sdrt.vae import Posterior, Spare, decode_latents, encode_posterior, largest_tile
+from sdrt.vae import Posterior, Spare, check_latents, decode_latents, encode_posterior, largest_tile
 from sdrt.windows import Windows, windows_over
 
 Given = TypeVar("Given")
@@ -65,7 +67,8 @@ class Timings:
 class Result:
     """Finished images, with everything that is needed to make each again.
 
-    latents: float32 [images, C, h, w]. warnings: what was done other than asked, such as a prompt cut short.
+    latents: float32 [images, C, h, w], with the padding where an image was padded. warnings: what was done other than
+    asked, such as a prompt cut short.
     """
 
     images: tuple[Image.Image, ...]
@@ -250,13 +253,17 @@ class Pipeline:
         """Check a request against this bundle. Raises RequestError."""
         return resolve_request(request, self.bundle.manifest)
 
-    def prepare(self, request: ResolvedRequest) -> Prepared:
-        """Embed the prompts and start one trajectory for each image."""
+    def prepare(self, request: ResolvedRequest, *, progress: Progress = silent) -> Prepared:
+        """Embed the prompts and start one trajectory for each image.
+
+        progress: called before and after each tile that the VAE encodes; what it raises stops the work.
+        """
         began = time.perf_counter()
         guidance = self._guidance(request)
         embedded = time.perf_counter()
         engines = _Engines(
-            encode=_once(_sample_key, self._posterior), estimate_depth=_once(_image_key, self._estimate_depth)
+            encode=_once(_sample_key, partial(self._posterior, progress=progress)),
+            estimate_depth=_once(_image_key, self._estimate_depth),
         )
         steering = self._steering(request)
         images = range(request.num_images_per_prompt)
@@ -270,8 +277,11 @@ class Pipeline:
             following=request.hires,
         )
 
-    def follow(self, prepared: Prepared, index: int) -> Followed:
-        """Start image `index` of a finished pass in the one that follows; `Prepared.followed_by` takes them all."""
+    def follow(self, prepared: Prepared, index: int, *, progress: Progress = silent) -> Followed:
+        """Start image `index` of a finished pass in the one that follows; `Prepared.followed_by` takes them all.
+
+        progress: as of `prepare`, of what the VAE decodes too.
+        """
         if prepared.following is None:
             raise ValueError("no pass follows this one")
         began, decoding, decodes = time.perf_counter(), 0.0, self.float32_decodes
@@ -279,13 +289,14 @@ class Pipeline:
         def decode(latents: FloatArray) -> Image.Image:
             nonlocal decoding
             decode_began = time.perf_counter()
-            image = self._decode(latents, request.vae)[0]
+            image = complete(self._decoding(latents, request.vae, progress))[0]
             decoding += time.perf_counter() - decode_began
             return image
 
         drawn = Drawn(latents=prepared.trajectories[index].latents[None], decode=decode)
         request = prepared.following
-        engines = _Engines(encode=self._posterior, estimate_depth=self._estimate_depth)
+        encode = partial(self._posterior, progress=progress)
+        engines = _Engines(encode=encode, estimate_depth=self._estimate_depth)
         trajectory = self._start(request, index, self._guidance(request), self._steering(request), engines, drawn)
         return Followed(
             trajectory=trajectory,
@@ -337,10 +348,11 @@ class Pipeline:
         """The scaled latents of an image, float32 [1, C, h, w]: the mean, or a sample when a seed is given.
 
         It is taken as `open_image` gives it: upright RGB on white. Raises RequestError for what is no image, too large
-        or moves, and when its sides are not multiples of the VAE's factor.
+        or moves, when its sides are not multiples of the VAE's factor, and for a seed that is none.
         """
         image = check_picture("image", image)
         check_vae_size(image.height, image.width, self.bundle.manifest.model.vae_downsample)
+        seed = None if seed is None else check_whole("seed", seed, 0, 2**64 - 1)
         posterior = self.posterior(image)
         return posterior.mode() if seed is None else posterior.sample(TorchGenerator(seed).randn(posterior.mean.shape))
 
@@ -348,7 +360,7 @@ class Pipeline:
         """What the VAE knows of an image's latents. Raises RequestError as `encode` does."""
         return self._posterior(from_pixels(np.asarray(check_picture("image", image))[None]))
 
-    def _posterior(self, sample: FloatArray) -> Posterior:
+    def _posterior(self, sample: FloatArray, *, progress: Progress = silent) -> Posterior:
         model = self.bundle.manifest.model
         return encode_posterior(
             self.runner,
@@ -356,6 +368,7 @@ class Pipeline:
             scaling_factor=model.vae_scaling_factor,
             vae_downsample=model.vae_downsample,
             tile=self._tile,
+            progress=progress,
         )
 
     def _estimate_depth(self, image: Image.Image) -> FloatArray:
@@ -369,19 +382,20 @@ class Pipeline:
 
         Raises RequestError for another shape or dtype, or a decoder that the bundle does not have.
         """
-        channels = self.bundle.manifest.model.latent_channels
-        if not isinstance(latents, np.ndarray):
-            raise RequestError(f"latents are {type(latents).__name__}", hint="give a numpy array")
-        if latents.ndim != 4 or latents.shape[1] != channels or latents.dtype != np.float32 or 0 in latents.shape:
-            raise RequestError(
-                f"latents are {latents.dtype} {list(latents.shape)}", hint=f"give float32 [batch, {channels}, h, w]"
-            )
-        return self._decode(latents, resolve_vae(vae, self.bundle.manifest.model))
+        model = self.bundle.manifest.model
+        check_latents(latents, model.latent_channels)
+        return self._decode(latents, resolve_vae(vae, model))
 
     def draw(self, prepared: Prepared, index: int) -> Image.Image:
         """The image of one finished trajectory. Raises ParityError when a value is not finite."""
+        return complete(self.drawing(prepared, index))
+
+    def drawing(self, prepared: Prepared, index: int) -> Work[Image.Image]:
+        """`draw` as work that rests between two tiles of a large image."""
         latents = prepared.trajectories[index].latents[None]
-        return prepared.request.passes[-1].task.finish(self._decode(latents, prepared.request.vae)[0])
+        request = prepared.request.passes[-1]
+        images = yield from self._decoding(latents, request.vae)
+        return request.task.finish(request.cropped(images[0]))
 
     def close(self) -> None:
         """Release the engines."""
@@ -440,7 +454,8 @@ class Pipeline:
                 shown = None
                 if preview and now is not None:
                     scale = plan.input_scales[row] if row < len(plan) else 1.0
-                    shown = self._decode(now * np.float32(scale), self._preview_vae)
+                    images = self._decode(now * np.float32(scale), self._preview_vae)
+                    shown = tuple(prepared.request.cropped(image) for image in images)
                 yield StepEvent(row=before + row, rows=rows, latents=now, preview=shown)
             seconds = [batch.take_seconds() for batch in batches]
             gaps = [gap for batch in batches if (gap := batch.gap_seconds()) is not None]
@@ -457,12 +472,12 @@ class Pipeline:
     ) -> Trajectory:
         """Image `index` before the first row of a pass."""
         model, variation = self.bundle.manifest.model, request.variations[index]
-        side = model.vae_downsample
+        rows, columns = (length // model.vae_downsample for length in request.drawn_size)
         generator = GENERATORS[request.generator](request.seeds[index])
         preparation = Preparation(
             plan=request.plan,
             generator=generator,
-            shape=(model.latent_channels, request.height // side, request.width // side),
+            shape=(model.latent_channels, rows, columns),
             encode=engines.encode,
             estimate_depth=engines.estimate_depth,
             vary=_as_it_is if variation is None else variation.apply,
@@ -489,13 +504,13 @@ class Pipeline:
         if not request.windowed:
             return None
         profile, side = self.bundle.manifest.profile, self.bundle.manifest.model.vae_downsample
-        height, width = window_size(profile, request.height, request.width)
-        size, window = (request.height // side, request.width // side), (height // side, width // side)
+        drawn, part = request.drawn_size, window_size(profile, *request.drawn_size)
+        size, window = (drawn[0] // side, drawn[1] // side), (part[0] // side, part[1] // side)
         return windows_over(size, window, profile.max_batch // request.places_per_image)
 
     def _steering(self, request: ResolvedRequest) -> Steering | None:
         model, rows = self.bundle.manifest.model, len(request.plan)
-        return steer(request.controls, model, self.runner, rows, request.height, request.width)
+        return steer(request.controls, model, self.runner, rows, *request.drawn_size)
 
     def _guidance(self, request: ResolvedRequest) -> Guidance:
         negative = self._prompts.encode(request.negative_prompt) if request.guided else None
@@ -518,12 +533,25 @@ class Pipeline:
         )
 
     def _decode(self, latents: FloatArray, vae: VaeName) -> tuple[Image.Image, ...]:
+        return complete(self._decoding(latents, vae))
+
+    def _decoding(
+        self, latents: FloatArray, vae: VaeName, progress: Progress = silent
+    ) -> Work[tuple[Image.Image, ...]]:
+        """The images of latents, at rest between two tiles."""
         model = self.bundle.manifest.model
-        decode = partial(decode_latents, self.runner, latents, vae_downsample=model.vae_downsample, tile=self._tile)
+        decode = partial(
+            decode_latents,
+            self.runner,
+            latents,
+            vae_downsample=model.vae_downsample,
+            tile=self._tile,
+            progress=progress,
+        )
         if vae == "tiny" and model.tiny_vae is not None:
-            sample = decode(component=TINY_VAE_DECODER, scaling_factor=model.tiny_vae.scaling_factor)
+            sample = yield from decode(component=TINY_VAE_DECODER, scaling_factor=model.tiny_vae.scaling_factor)
         else:
-            sample = decode(scaling_factor=model.vae_scaling_factor, spare=self._spare)
+            sample = yield from decode(scaling_factor=model.vae_scaling_factor, spare=self._spare)
         return tuple(to_images(sample))
 
     def _count_float32_decode(self) -> None:

@@ -1,6 +1,11 @@
-"""How long work reports itself: one callable, so that the stages know nothing of terminals."""
+"""How long work reports itself, so that the stages know nothing of terminals, and how it is done a part at a time."""
 
-from typing import Protocol
+from collections.abc import Generator
+from typing import Protocol, TypeVar
+
+Made = TypeVar("Made")
+# It rests between two of its parts, each a call of an engine, and returns what it made, which is never None.
+Work = Generator[None, None, Made]
 
 
 class Progress(Protocol):
@@ -13,3 +18,20 @@ class Progress(Protocol):
 
 def silent(stage: str, done: int, total: int) -> None:
     """Report to nobody."""
+
+
+def advance(work: Work[Made]) -> Made | None:
+    """Do one part. Returns what was made when that was the last one, else None."""
+    try:
+        next(work)
+    except StopIteration as end:
+        made: Made = end.value
+        return made
+    return None
+
+
+def complete(work: Work[Made]) -> Made:
+    """Do all of it at once."""
+    while (made := advance(work)) is None:
+        pass
+    return made

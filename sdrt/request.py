@@ -38,9 +38,10 @@ class Request:
     given). preserve: every pixel outside the mask is exactly the image's own afterwards, unless given only when
     outpainting; without it those pixels too have been through the VAE. padding_mask_crop: only the mask and
     so many pixels around it are worked on, in the size that height and width say, and put back into the image.
-    outpaint: by how many pixels `image` is to grow on which sides: {"left": 128, "bottom": 64}. fill: what is there
-    before, "edge" (the border's pixels), "noise" or a colour.
-    noise_level: of upscaling, how noisy the small `image` is made first, 20 unless given: more forgives its faults.
+    outpaint: by how many pixels `image` is to grow on which sides: {"left": 128, "bottom": 64}. The result has the size
+    that this makes, and no other. fill: what is there before, "edge" (the border's pixels), "noise" or a colour.
+    noise_level: of upscaling, how noisy the small `image` is made first, 20 unless given: more forgives its faults. It
+    may have any size whose result has 4096² pixels at most: it is drawn in windows, or padded meanwhile, where need be.
     depth_map: of depth-to-image, how near each place is, as an image, 8 or 16 bits, or an array [H, W]: larger is
     nearer. Without an `image` it begins with noise. Where the checkpoint brought a depth estimator, an `image` alone
     will do: its depth is estimated.

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
-from sdrt.bundle import Manifest, ModelRecord
+from sdrt.bundle import Manifest, ModelRecord, ShapeProfile
 from sdrt.checks import check_finite, check_flag, check_share, check_whole, shown
 from sdrt.controls import Control, check_arrays, check_control_size, resolve_controls, size_of_controls
 from sdrt.errors import RequestError
@@ -19,11 +20,13 @@ from sdrt.plan import SCHEDULERS, SamplingPlan, build_plan, count_steps
 from sdrt.plan.catalog import find_scheduler
 from sdrt.plan.clamping import Thresholding, read_thresholding
 from sdrt.request import Request
-from sdrt.sizes import describe_sizes, fits_windows, nearest_size
+from sdrt.sizes import describe_sizes, fits_windows, nearest_size, next_size, shrunk_size
 from sdrt.tasks import read_task
 from sdrt.tasks.base import Task
 from sdrt.tasks.editing import Editing
 from sdrt.tasks.hires import SecondPass, read_second_pass
+from sdrt.tasks.outpainting import Outpainting
+from sdrt.tasks.upscaling import Upscaling
 
 MAX_IMAGES = 64
 MAX_STEPS = 1000
@@ -41,12 +44,15 @@ class ResolvedRequest:
     windowed: larger than the engines take at once. hires: the second pass, a request of its own that begins with what
     this one draws. controls: one for each ControlNet of the bundle, or none.
     places_per_image: how many plain images' lanes each of its images takes in a batch.
+    drawn_size: (height, width) in pixels that the engines work on, whose upper left part is the result: all of it, but
+    for a small image that is padded.
     """
 
     prompt: str
     negative_prompt: str
     height: int
     width: int
+    drawn_size: tuple[int, int]
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
@@ -73,6 +79,12 @@ class ResolvedRequest:
     def passes(self) -> "tuple[ResolvedRequest, ...]":
         """It, and the second pass where there is one."""
         return (self,) if self.hires is None else (self, self.hires)
+
+    def cropped(self, image: Image.Image) -> Image.Image:
+        """Of an image that was drawn, what was asked for."""
+        if self.drawn_size == (self.height, self.width):
+            return image
+        return image.crop((0, 0, self.width, self.height))
 
     @property
     def seed(self) -> int:
@@ -130,7 +142,7 @@ def _resolve_hires(request: Request, manifest: Manifest, first: ResolvedRequest,
 def _resolve(request: Request, manifest: Manifest, task: Task) -> ResolvedRequest:
     """One pass of a request, which does `task`. Raises RequestError."""
     controls = resolve_controls(request, manifest.model)
-    height, width, windowed = _resolve_size(request, manifest, task, controls)
+    height, width, drawn_size, windowed = _resolve_size(request, manifest, task, controls)
     check_arrays(controls, height, width)
     task = task.resized(height, width)
     guidance_scale = check_finite("guidance_scale", request.guidance_scale)
@@ -156,6 +168,7 @@ def _resolve(request: Request, manifest: Manifest, task: Task) -> ResolvedReques
         negative_prompt=request.negative_prompt,
         height=height,
         width=width,
+        drawn_size=drawn_size,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         scheduler=scheduler,
@@ -246,32 +259,46 @@ def _resolve_variations(
 
 def _resolve_size(
     request: Request, manifest: Manifest, task: Task, controls: Sequence[Control]
-) -> tuple[int, int, bool]:
-    """(height, width), as asked for, else what task or controls bring, else the model's; and whether in windows."""
+) -> tuple[int, int, tuple[int, int], bool]:
+    """Height and width, as asked for, else what task or controls bring, else the model's; `drawn_size`; `windowed`."""
     model, profile = manifest.model, manifest.profile
     default = size_of_controls(controls, profile) if task.size is None else task.size
     if default is None:
         default = nearest_size(profile, model.default_height, model.default_width)
     height = default[0] if request.height is None else check_whole("height", request.height, 1, 10**6)
     width = default[1] if request.width is None else check_whole("width", request.width, 1, 10**6)
+    if isinstance(task, Outpainting):
+        task.check_size(profile, height, width)
     windowed = check_flag("windowed", request.windowed) or task.windowed
     if controls and request.padding_mask_crop is not None:
         hint = "leave padding_mask_crop out, or control_image"
         raise RequestError("padding_mask_crop is given beside a control_image, which is for the whole image", hint=hint)
-    if profile.accepts(height, width):
-        return height, width, False
-    if windowed and fits_windows(profile, height, width):
-        check_control_size(controls, height, width, profile)
-        return height, width, True
-    near = nearest_size(profile, height, width)
+    drawn_size = task.drawn_size(profile, height, width) if isinstance(task, Upscaling) else (height, width)
+    if profile.accepts(*drawn_size):
+        return height, width, drawn_size, False
+    if windowed and fits_windows(profile, *drawn_size):
+        check_control_size(controls, *drawn_size, profile)
+        return height, width, drawn_size, True
+    raise _refused_size(profile, task, height, width, windowed=windowed)
+
+
+def _refused_size(profile: ShapeProfile, task: Task, height: int, width: int, *, windowed: bool) -> RequestError:
+    """The error of a size that is not made, with what could be asked for instead."""
+    too_large = height * width > LARGEST_PIXELS
+    if windowed and too_large:
+        rows, columns = shrunk_size(profile, height, width)
+        less = f"ask for less, such as {columns}x{rows}"
+        return RequestError(f"{width}x{height} is more than {LARGEST_PIXELS} pixels, even in windows", hint=less)
+    hint = task.fitting_margins(profile, height, width) if isinstance(task, Outpainting) else None
+    if hint is None:
+        near = (next_size(profile, height, width) if windowed else None) or nearest_size(profile, height, width)
+        larger = windowed or too_large or fits_windows(profile, height, width)
+        more = f", larger ones with windowed, up to {LARGEST_PIXELS} pixels" if larger else ""
+        hint = f"it makes {describe_sizes(profile)}{more}; the nearest is {near[1]}x{near[0]}"
     reason = ""
     if height % profile.multiple_of or width % profile.multiple_of:
         reason = f": both sides must be multiples of {profile.multiple_of}"
-    larger = "; larger ones with windowed" if not windowed and fits_windows(profile, height, width) else ""
-    raise RequestError(
-        f"this bundle does not make images of {width}x{height}{reason}",
-        hint=f"it makes {describe_sizes(profile)}; the nearest is {near[1]}x{near[0]}{larger}",
-    )
+    return RequestError(f"this bundle does not make images of {width}x{height}{reason}", hint=hint)
 
 
 def _resolve_plan(

@@ -261,7 +261,8 @@ def _laplace(time: Floats) -> Floats:
     """The square root of ᾱ where log SNR follows a Laplace distribution, Hang et al. 2024 (arXiv:2407.03297)."""
     log_snr = -0.5 * np.copysign(1, 0.5 - time) * np.log(1 - 2 * np.abs(0.5 - time) + 1e-6)
     snr = np.exp(log_snr)
-    return np.sqrt(snr / (1 + snr))
+    left: Floats = np.sqrt(snr / (1 + snr))
+    return left
 
 
 # How much signal is left at each time from 0 to 1.

@@ -25,6 +25,21 @@ def nearest_size(profile: ShapeProfile, height: int, width: int) -> tuple[int, i
     return rows, columns
 
 
+def next_size(profile: ShapeProfile, height: int, width: int) -> tuple[int, int] | None:
+    """The smallest (height, width), whole or in windows, of which no side is smaller than the one given, if any."""
+    rows, columns = (-(-side // profile.multiple_of) * profile.multiple_of for side in (height, width))
+    sizes = [(max(rows, low), max(columns, least)) for low, least in profile.sizes or (profile.minimum,)]
+    possible = [size for size in sizes if profile.accepts(*size) or fits_windows(profile, *size)]
+    return min(possible, key=lambda size: size[0] * size[1], default=None)
+
+
+def shrunk_size(profile: ShapeProfile, height: int, width: int) -> tuple[int, int]:
+    """About the largest (height, width) of a shape that can be made, for one that has too many pixels."""
+    shares = (percent / 100 for percent in range(99, 0, -1))
+    sizes = (next_size(profile, int(height * share), int(width * share)) for share in shares)
+    return next((size for size in sizes if size is not None), profile.maximum)
+
+
 def window_size(profile: ShapeProfile, height: int, width: int) -> tuple[int, int]:
     """The largest accepted (height, width) that no image of this size is smaller than, in pixels."""
     if profile.sizes:

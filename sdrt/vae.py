@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdrt.errors import BundleError, ParityError, RequestError
-from sdrt.progress import Progress, silent
+from sdrt.progress import Progress, Work, complete, silent
 from sdrt.runners.base import VAE_DECODER, VAE_ENCODER, FloatArray, Runner
 
 DEFAULT_TILE = 64
@@ -51,6 +51,16 @@ def largest_tile(usual: tuple[int, int], maximum: tuple[int, int], vae_downsampl
     return min(tile, maximum[0] // vae_downsample), min(tile, maximum[1] // vae_downsample)
 
 
+def check_latents(latents: object, channels: int) -> None:
+    """Raises RequestError for what is not float32 [B, channels, h, w]."""
+    if not isinstance(latents, np.ndarray):
+        raise RequestError(f"latents are {type(latents).__name__}", hint="give a numpy array")
+    if latents.ndim != 4 or latents.shape[1] != channels or latents.dtype != np.float32 or 0 in latents.shape:
+        raise RequestError(
+            f"latents are {latents.dtype} {list(latents.shape)}", hint=f"give float32 [batch, {channels}, h, w]"
+        )
+
+
 def decode_latents(
     runner: Runner,
     latents: FloatArray,
@@ -61,8 +71,8 @@ def decode_latents(
     progress: Progress = silent,
     component: str = VAE_DECODER,
     spare: Spare | None = None,
-) -> FloatArray:
-    """Images from latents, by the decoder `component`, whose scaling factor it is.
+) -> Work[FloatArray]:
+    """Images from latents, by the decoder `component`, whose scaling factor it is; at rest between two tiles.
 
     latents: float32 [B, C, h, w], as the sampler leaves them. Returns float32 [B, 3, H, W] in about [-1, 1],
     not clipped. Above `tile`, (height, width) in latent pixels, tiles of that size are decoded and blended.
@@ -84,7 +94,7 @@ def decode_latents(
 
     plan = _TilePlan.of(latents.shape[2:], tile=tile, scale_in=1, scale_out=vae_downsample)
     unscaled = latents / np.float32(scaling_factor)
-    return _tiled(decode, unscaled, plan, channels=3, component=component, progress=progress)
+    return (yield from _tiled(decode, unscaled, plan, channels=3, component=component, progress=progress))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -138,7 +148,7 @@ def encode_posterior(
 
     size = (height // vae_downsample, width // vae_downsample)
     plan = _TilePlan.of(size, tile=tile, scale_in=vae_downsample, scale_out=1)
-    parameters = _tiled(encode, image, plan, channels=None, component=VAE_ENCODER, progress=progress)
+    parameters = complete(_tiled(encode, image, plan, channels=None, component=VAE_ENCODER, progress=progress))
     mean, log_variance = np.split(parameters, 2, axis=1)
     deviation = np.exp(np.float32(0.5) * np.clip(log_variance, *LOG_VARIANCE_RANGE))
     return Posterior(mean=mean, deviation=deviation, scaling_factor=scaling_factor)
@@ -201,7 +211,7 @@ def _tiled(
     channels: int | None,
     component: str,
     progress: Progress,
-) -> FloatArray:
+) -> Work[FloatArray]:
     """Evaluate every tile of every image and blend them."""
     row_weights = blend_weights(plan.rows, plan.scale_out)
     column_weights = blend_weights(plan.columns, plan.scale_out)
@@ -220,6 +230,8 @@ def _tiled(
         into = result[image, :, row.scaled(plan.scale_out), column.scaled(plan.scale_out)]
         into += part[0] * (row_weight[:, np.newaxis] * column_weight)
         progress(component, done, len(jobs))
+        if done < len(jobs):
+            yield
     return result
 
 

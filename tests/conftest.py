@@ -17,6 +17,13 @@ CAPTIONS = (
     "a small green triangle above a large yellow cross on a black background",
     "a large purple ring on a gray background",
 )
+CONDITIONING_CHANNELS = {
+    "StableDiffusionPipeline": 0,
+    "StableDiffusionInpaintPipeline": 5,
+    "StableDiffusionUpscalePipeline": 3,
+    "StableDiffusionDepth2ImgPipeline": 1,
+    "StableDiffusionInstructPix2PixPipeline": 4,
+}
 
 
 def make_tiny_checkpoint(
@@ -27,10 +34,12 @@ def make_tiny_checkpoint(
     pipeline_class: str = "StableDiffusionPipeline",
     conditioning_channels: int = 0,
     depth: str | None = None,
+    slim: bool = False,
 ) -> Path:
     """A random checkpoint of Stable Diffusion's layout of a few hundred kilobytes, as a diffusers folder.
 
     An upscaler has a VAE of factor 4 and classes. depth: the kind of depth estimator, see `make_tiny_depth_estimator`.
+    slim: traced in half the time: only the UNet's middle has cross-attention, and all have one VAE, of factor 4.
     """
     import diffusers
     import torch
@@ -59,15 +68,17 @@ def make_tiny_checkpoint(
         in_channels=4 + conditioning_channels,
         out_channels=4,
         num_class_embeds=400 if upscaling else None,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D" if slim else "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D" if slim else "CrossAttnUpBlock2D"),
         block_out_channels=(16, 32),
         layers_per_block=1,
         cross_attention_dim=32,
         attention_head_dim=4,
         norm_num_groups=8,
     )
-    widths = (8, 8, 16) if upscaling else (8, 8, 16, 16)
+    if slim:
+        torch.manual_seed(seed)  # whatever the UNet has drawn: a VAE that is the same is exported once
+    widths = (8, 8, 16) if upscaling or slim else (8, 8, 16, 16)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
@@ -240,6 +251,26 @@ def tiny_bundle(tiny_export: Path, made_once: MadeOnce) -> Path:
 
     options = BuildOptions(backend="openvino", precision="fp32", sizes="64..128", batch="1..4")
     return made_once("tiny.sdrt", lambda target: build_bundle(tiny_export, target, options, silent))
+
+
+@pytest.fixture(scope="session")
+def tiny_of(made_once: MadeOnce) -> Callable[..., tuple[Path, Path]]:
+    """A function of a pipeline's class (and `depth` and `slim`): a random checkpoint of it, and its ONNX folder."""
+    from sdrt.export.package import export_model
+    from sdrt.progress import silent
+
+    def make(kind: str, depth: str | None = None, slim: bool = False) -> tuple[Path, Path]:
+        def checkpoint(target: Path) -> Path:
+            channels = CONDITIONING_CHANNELS[kind]
+            return make_tiny_checkpoint(
+                target, pipeline_class=kind, conditioning_channels=channels, depth=depth, slim=slim
+            )
+
+        name = f"{kind}-{depth}-{slim}"
+        made = made_once(name, checkpoint)
+        return made, made_once(f"{name}-onnx", lambda target: export_model(made, target, progress=silent))
+
+    return make
 
 
 @pytest.fixture(scope="session")

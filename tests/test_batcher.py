@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sdrt.batcher import Batcher, admit, choose_size
 from sdrt.errors import BackendError, BusyError, Cancelled, ParityError, RequestError
 from sdrt.request import Request
 from sdrt.runners.fake import FakeRunner
 
+HUGE = Request(prompt="red", num_inference_steps=1, height=512, width=512, windowed=True, seed=1, scheduler="ddim")
+HUGE_TILES = 25
 SCHEDULERS = ("ddim", "pndm", "euler", "dpmpp_2m", "euler_karras", "dpmpp_2m_karras")
 
 
@@ -352,6 +355,70 @@ def test_one_in_many_windows_can_be_cancelled_in_the_middle_of_a_row(fake):
             ticket.result(10)
         assert calls.count("step") <= 4
         assert batcher.submit("red", num_inference_steps=2).result(10).images
+
+
+def test_others_have_their_steps_between_the_tiles_of_a_large_image(fake):
+    order, submitted = [], threading.Event()
+    long = Request(prompt="red", num_inference_steps=200, seed=2, scheduler="ddim")
+    with Batcher(fake(FakeRunner(before=hold_until(submitted, order)))) as batcher:
+        tickets = [batcher.submit(each) for each in (HUGE, long)]
+        submitted.set()
+        drawn = [pixels(ticket.result(60)) for ticket in tickets]
+    tiles = [index for index, name in enumerate(order) if name == "vae_decoder"]
+    assert len(tiles) == HUGE_TILES + 1
+    assert all(order[index - 1] == "step" for index in tiles)
+    assert drawn == serially(fake(), [HUGE, long])
+
+
+def test_small_images_do_not_wait_for_all_tiles_of_a_large_one(fake):
+    tiles, submitted = [], threading.Event()
+
+    def before(name, feeds):
+        submitted.wait(10)
+        if name == "vae_decoder":
+            tiles.append(feeds["latent_sample"].shape[-1])
+
+    requests = [replace(HUGE, num_images_per_prompt=2)]
+    requests += [Request(prompt="red", num_inference_steps=30, seed=seed) for seed in range(3)]
+    with Batcher(fake(FakeRunner(before=before))) as batcher:
+        tickets = [batcher.submit(request) for request in requests]
+        submitted.set()
+        drawn = [pixels(ticket.result(60)) for ticket in tickets]
+    assert tiles.count(16) == 2 * HUGE_TILES
+    assert 16 in tiles[: tiles.index(8)]
+    last_small = len(tiles) - 1 - tiles[::-1].index(8)
+    assert last_small < len(tiles) - HUGE_TILES
+    assert drawn == serially(fake(), requests)
+
+
+@pytest.mark.parametrize(
+    ("component", "request_"),
+    [
+        ("vae_decoder", HUGE),
+        ("vae_encoder", replace(HUGE, image=Image.new("RGB", (512, 512)), strength=1.0)),
+        ("vae_encoder", Request(prompt="red", height=128, width=128, hires_scale=4, hires_upscaler="lanczos")),
+    ],
+    ids=["decoding", "encoding", "enlarging"],
+)
+def test_a_large_image_can_be_cancelled_between_two_tiles(fake, component, request_):
+    held, gate, calls = threading.Event(), threading.Event(), []
+
+    def before(name, feeds):
+        calls.append(name)
+        if calls.count(component) == 3 and name == component:
+            held.set()
+            gate.wait(10)
+
+    with Batcher(fake(FakeRunner(before=before)), max_batch=1) as batcher:
+        ticket = batcher.submit(request_)
+        assert held.wait(10)
+        ticket.cancel()
+        gate.set()
+        with pytest.raises(Cancelled):
+            ticket.result(10)
+        assert calls.count(component) == 3
+        assert batcher.submit("red", num_inference_steps=2).result(10).images
+        assert batcher.stats().cancelled == 1
 
 
 def test_a_full_queue_refuses_at_once(fake):

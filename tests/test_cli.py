@@ -155,6 +155,22 @@ def test_another_margin_makes_another_canvas(picture, tiny_bundle, tmp_path, cap
     assert Image.open(again).size == (width + 32, height)
 
 
+def test_another_picture_makes_another_canvas(picture, tiny_bundle, tmp_path, capsys):
+    first, again, wide = (tmp_path / name for name in ("first.png", "again.png", "wide.png"))
+    drawn(capsys, "run", tiny_bundle, "x", "--image", picture, "--outpaint", "right=16", "--steps", 2, "--out", first)
+    Image.new("RGB", (80, 64), "red").save(wide)
+    drawn(capsys, "run", tiny_bundle, "--from-image", first, "--image", wide, "--out", again)
+    assert Image.open(again).size == (96, 64)
+
+
+def test_a_size_beside_margins_is_refused_with_margins_that_make_it(picture, tiny_bundle, tmp_path, capsys):
+    options = ("--image", picture, "--outpaint", "right=12", "--size", "80x64", "--out", tmp_path / "a.png")
+    assert sdrt("run", tiny_bundle, "x", *options) == 2
+    error = capsys.readouterr().err
+    assert "outpaint makes 76x64, but height and width say 80x64" in error
+    assert "right=16 makes 80x64" in error
+
+
 def test_a_variation_is_remembered(tiny_bundle, tmp_path, capsys):
     first, again = tmp_path / "a.png", tmp_path / "b.png"
     options = ("--variation-seed", 4, "--variation-strength", 0.2, "--seed", 1, "-n", 2)
@@ -172,6 +188,11 @@ def test_schedulers_lists_names_classes_and_spacings(capsys):
         "solver_type": "midpoint",
     }
     assert listed["euler"]["spacings"] == ["karras", "exponential", "beta"]
+    assert listed["euler"]["takes"] == ["timesteps", "sigmas"]
+    assert listed["tcd"]["takes"] == ["eta", "timesteps"]
+    assert listed["euler"]["predictions"] == ["epsilon", "v_prediction", "sample"]
+    assert listed["euler_a"]["predictions"] == ["epsilon", "v_prediction"]
+    assert listed["flow_euler"]["predictions"] == []
 
 
 def test_diffusers_names_are_aliases(tiny_bundle, tmp_path, capsys):
@@ -226,6 +247,18 @@ def test_an_image_off_the_vaes_grid_is_not_encoded(tiny_bundle, tmp_path, capsys
     assert "the image has 70x64 pixels; the VAE takes multiples of 8" in error
     assert "64x64" in error
     assert not (tmp_path / "a.npy").exists()
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+def test_latents_of_another_model_are_refused_before_the_engines_are_loaded(
+    tiny_bundle, tmp_path, capsys, monkeypatch, channels
+):
+    monkeypatch.setattr("sdrt.runners.open_runner", lambda *_, **__: pytest.fail("the engines were loaded"))
+    np.save(tmp_path / "other.npy", np.zeros((1, channels, 8, 8), np.float32))
+    assert sdrt("decode", tiny_bundle, tmp_path / "other.npy", "--out", tmp_path / "a.png") == 2
+    error = capsys.readouterr().err
+    assert f"latents are float32 [1, {channels}, 8, 8]" in error
+    assert "give float32 [batch, 4, h, w]" in error
 
 
 def test_encode_with_a_seed_is_a_sample_and_without_the_mean(picture, tiny_bundle, tmp_path):

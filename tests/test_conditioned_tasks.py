@@ -5,12 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
+from sdrt.batcher import Batcher
 from sdrt.errors import RequestError
 from sdrt.image import open_depth
 from sdrt.request import Request
+from sdrt.runners.fake import FakeRunner
 from sdrt.tasks.depth_to_image import normalised
 from sdrt.tasks.resampling import bicubic
 
+BASE = {"prompt": "red", "seed": 3, "num_inference_steps": 4, "scheduler": "ddim"}
 MAP = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
 
 
@@ -18,10 +21,18 @@ def picture(width=64, height=64, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
+def asked(image, **options):
+    return Request(**{**BASE, **options}, image=image)
+
+
+def grown(image, width, height):
+    """The image with its last row and column again on the right and below."""
+    below, beside = height - image.height, width - image.width
+    return Image.fromarray(np.pad(np.asarray(image), ((0, below), (0, beside), (0, 0)), mode="edge"))
+
+
 def start_of(pipeline, **options):
-    request = pipeline.resolve(
-        Request(**{"prompt": "red", "seed": 3, "num_inference_steps": 4, "scheduler": "ddim", **options})
-    )
+    request = pipeline.resolve(Request(**{**BASE, **options}))
     return pipeline.prepare(request).trajectories[0].start
 
 
@@ -42,13 +53,80 @@ class TestUpscaling:
         assert (request.width, request.height, request.windowed) == (256, 160, True)
 
     @pytest.mark.parametrize(
+        ("sizes", "small", "drawn"),  # as (width, height); the bundle makes 32x32 to 128x128 in steps of 16, or `sizes`
+        [
+            ((), (1, 1), (8, 8)),
+            ((), (7, 5), (8, 8)),
+            ((), (17, 8), (20, 8)),
+            ((), (100, 3), (100, 8)),  # in windows
+            ((), (33, 61), (36, 64)),  # in windows
+            (((64, 64),), (1, 1), (16, 16)),
+            (((64, 64),), (15, 23), (16, 24)),
+            (((64, 128), (96, 64)), (10, 17), (16, 24)),
+        ],
+    )
+    def test_any_size_is_padded_to_the_next_one_and_the_result_is_four_times_the_image(self, fake, sizes, small, drawn):
+        pipeline = fake(FakeRunner(downsample=4), task="upscaling", sizes=sizes)
+        image = picture(*small)
+        result = pipeline.generate(asked(image))
+        assert result.latents.shape[2:] == drawn[::-1]
+        assert result.images[0].size == (4 * small[0], 4 * small[1])
+        larger = grown(image, *drawn)
+        np.testing.assert_array_equal(
+            start_of(pipeline, image=image).conditioning, start_of(pipeline, image=larger).conditioning
+        )
+        whole = pipeline.generate(asked(larger)).images[0]
+        assert result.images[0].tobytes() == whole.crop((0, 0, 4 * small[0], 4 * small[1])).tobytes()
+
+    @pytest.mark.parametrize(("sizes", "small"), [((), (8, 12)), ((), (64, 40)), (((64, 64),), (20, 32))])
+    def test_what_the_bundle_makes_is_not_padded(self, fake, sizes, small):
+        pipeline, image = fake(FakeRunner(downsample=4), task="upscaling", sizes=sizes), picture(*small)
+        request = pipeline.resolve(asked(image))
+        assert request.drawn_size == (request.height, request.width) == (4 * image.height, 4 * image.width)
+        assert start_of(pipeline, image=image).conditioning.shape == (3, image.height, image.width)
+
+    def test_a_padded_one_remembers_its_own_size_by_which_it_is_drawn_again(self, fake):
+        pipeline, image = fake(FakeRunner(downsample=4), task="upscaling"), picture(5, 33)
+        result = pipeline.generate(asked(image))
+        said = result.parameters(0)
+        assert (said["width"], said["height"]) == (20, 132)
+        again = pipeline.generate(asked(image, width=said["width"], height=said["height"], windowed=said["windowed"]))
+        assert again.images[0].tobytes() == result.images[0].tobytes()
+
+    def test_previews_of_a_padded_one_show_what_was_asked_for(self, fake):
+        pipeline = fake(FakeRunner(downsample=4), task="upscaling")
+        events = list(pipeline.stream(asked(picture(5, 7)), preview=True))
+        assert [event.preview[0].size for event in events] == [(20, 28)] * 4
+
+    def test_padded_ones_share_batches_with_others(self, fake):
+        requests = [asked(picture(*size), seed=[1, 2]) for size in ((3, 5), (8, 8), (6, 1), (33, 40))]
+        with Batcher(fake(FakeRunner(downsample=4), task="upscaling")) as batcher:
+            together = [ticket.result(30).images for ticket in [batcher.submit(each) for each in requests]]
+        alone = [fake(FakeRunner(downsample=4), task="upscaling").generate(each).images for each in requests]
+        for ours, theirs in zip(together, alone, strict=True):
+            assert [image.tobytes() for image in ours] == [image.tobytes() for image in theirs]
+
+    @pytest.mark.parametrize(
+        ("small", "example"), [((1500, 1000), "1248x832"), ((1025, 1024), "1016x1016"), ((200_000, 1), "130000x8")]
+    )
+    def test_too_many_pixels_are_refused_with_the_limit_of_the_image_and_one_that_would_do(self, fake, small, example):
+        pipeline = fake(task="upscaling")
+        says = f"an image of {small[0]}x{small[1]} pixels makes more than 16777216 when it is upscaled"
+        with pytest.raises(RequestError, match=says) as raised:
+            pipeline.resolve(asked(picture(*small)))
+        assert f"at most 1048576 pixels, such as {example}" in raised.value.hint
+        assert "below 8x8 count as that" in raised.value.hint
+        width, height = map(int, example.split("x"))
+        assert pipeline.resolve(asked(picture(width, height))).windowed
+
+    @pytest.mark.parametrize(
         ("options", "reason"),
         [
             ({}, "this bundle does upscaling, and the request has no image"),
             ({"image": picture(16, 16), "noise_level": 351}, "noise_level is 351"),
             ({"image": picture(16, 16), "noise_level": -1}, "noise_level is -1"),
             ({"image": picture(16, 16), "strength": 0.5}, "strength is for image-to-image"),
-            ({"image": picture(16, 16), "width": 66}, "66x64 is not 4 times a size|66x64"),
+            ({"image": picture(16, 16), "width": 66}, "66x64 is not 4 times a size"),
         ],
     )
     def test_what_cannot_be_is_refused(self, fake, options, reason):

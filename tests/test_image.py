@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from sdrt.errors import OutputError, ParityError, RequestError
-from sdrt.image import as_rgb, from_pixels, grid, open_image, read_parameters, save_png, to_images, to_pixels
+from sdrt.image import (
+    as_depth,
+    as_mask,
+    as_rgb,
+    from_pixels,
+    grid,
+    open_image,
+    read_parameters,
+    save_png,
+    to_images,
+    to_pixels,
+)
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -237,6 +248,29 @@ def test_animations_are_refused(kind, tmp_path):
     data = encoded(corners(), kind, save_all=True, append_images=[Image.new("RGB", (16, 8))], lossless=True)
     with pytest.raises(RequestError, match="animation"):
         open_image(written(tmp_path, data))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_animations_that_are_given_opened_are_refused(kind):
+    data = encoded(corners(), kind, save_all=True, append_images=[Image.new("RGB", (16, 8))])
+    with pytest.raises(RequestError, match="animation"):
+        as_rgb(Image.open(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize("seen", [0, 1], ids="the frame seen is {}".format)
+def test_of_a_phone_s_jpeg_the_photo_is_read(seen, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    stored, gain_map = corners().transpose(Image.Transpose.ROTATE_180), Image.new("L", (8, 4), 128)
+    options = {"exif": exif, "quality": 100, "subsampling": 0, "save_all": True, "append_images": [gain_map]}
+    path = written(tmp_path, encoded(stored, "MPO", **options), "photo.jpg")
+    given = Image.open(path)
+    assert (given.format, given.n_frames) == ("MPO", 2)
+    given.seek(seen)
+    for photo in (as_rgb(given), open_image(path)):
+        assert photo.size == (16, 8)
+        assert np.abs(np.asarray(photo, int) - np.asarray(corners(), int)).max() <= 12
+    assert as_mask(given).size == as_depth(given).shape[::-1] == (16, 8)
 
 
 def jpeg_claiming(width: int, height: int) -> bytes:

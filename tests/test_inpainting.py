@@ -10,6 +10,7 @@ from sdrt.errors import RequestError
 from sdrt.request import Request
 from sdrt.step_batch import open_batch
 from sdrt.tasks import pictures
+from sdrt.tasks.outpainting import parse_margins
 from sdrt.windows import windows_over
 
 
@@ -151,6 +152,22 @@ class TestCrops:
         left, top, right, bottom = pictures.crop_box(mask, 0, 64, 128)
         assert (left, right - left, bottom - top, bottom) == (0, 20, 10, 60)
 
+    def test_the_box_is_that_of_diffusers(self):
+        from diffusers.image_processor import VaeImageProcessor
+
+        random = np.random.default_rng(0)
+        cases = [(mask_of((100, 100, 139, 189), 300, 300), 0, 640, 448)]
+        for _ in range(3000):
+            width, height = random.integers(2, 301, 2).tolist()
+            left, right = sorted(random.integers(0, width, 2).tolist())
+            top, bottom = sorted(random.integers(0, height, 2).tolist())
+            padding = int(random.choice([0, 0, 1, 7, 32, 400]))
+            wanted = [8 * side for side in random.integers(1, 129, 2).tolist()]
+            cases.append((mask_of((left, top, right, bottom), width, height), padding, *wanted))
+        for mask, padding, height, width in cases:
+            theirs = VaeImageProcessor.get_crop_region(mask, width, height, pad=padding)
+            assert pictures.crop_box(mask, padding, height, width) == theirs, (mask.getbbox(), mask.size, width, height)
+
     def test_every_pixel_outside_is_preserved_where_the_mask_is_soft_too(self, fake):
         image, mask = picture(200, 120), mask_of((150, 80, 159, 89), 200, 120)
         ImageDraw.Draw(mask).rectangle((140, 80, 149, 89), fill=100)  # counts as black
@@ -206,6 +223,89 @@ class TestOutpainting:
         else:
             assert tuple(new[0, 0]) == {"white": (255, 255, 255), "#204080": (0x20, 0x40, 0x80)}[fill]
 
+    @pytest.mark.parametrize("task", ["text-to-image", "inpainting"])
+    @pytest.mark.parametrize("options", [{}, {"mask_mode": "soft", "mask_blur": 0}], ids=str)
+    @pytest.mark.parametrize(
+        ("width", "height", "outpaint"),
+        [(132, 128, {"right": 60}), (60, 64, {"right": 4}), (64, 59, {"left": 16, "bottom": 5}), (44, 64, {"left": 4})],
+        ids=str,
+    )
+    def test_a_latent_that_holds_any_of_the_margin_is_drawn(self, fake, task, options, width, height, outpaint):
+        pipeline = fake(task=task, sizes=((64, 48), (64, 64), (64, 80), (128, 128)))
+        request = asked(image=picture(width, height), mask_image=None, outpaint=outpaint, **options)
+        (path,) = pipeline.prepare(pipeline.resolve(request)).trajectories
+        left, right, bottom = (outpaint.get(side, 0) for side in ("left", "right", "bottom"))
+        margin = np.pad(np.zeros((height, width), bool), ((0, bottom), (left, right)), constant_values=True)
+        rows, columns = (side // 8 for side in margin.shape)
+        touched = margin.reshape(rows, 8, columns, 8).any((1, 3))
+        mask = path.start.known.mask[0] if task == "text-to-image" else path.start.conditioning[0]
+        np.testing.assert_array_equal(mask, touched)
+        if task == "inpainting":  # the network is shown nothing of what it is to draw, and all of the rest
+            shown = np.abs(path.start.conditioning[1:]).max(0)
+            np.testing.assert_array_equal(shown > 1e-5, ~touched)
+
+    @pytest.mark.parametrize("task", ["text-to-image", "inpainting"])
+    def test_a_source_off_the_latents_grid_comes_back_and_all_of_the_margin_is_new(self, fake, task):
+        source = picture(132, 128)
+        request = asked(image=source, mask_image=None, outpaint={"right": 60}, fill="#010203")
+        result = fake(task=task).generate(request)
+        assert result.request.windowed
+        drawn = np.asarray(result.images[0])
+        np.testing.assert_array_equal(drawn[:, :132], np.asarray(source))
+        assert (drawn[:, 132:] != (1, 2, 3)).any(2).mean() > 0.99
+        assert result.warnings == ()
+
+    def test_a_source_that_fills_no_latent_is_told(self, fake):
+        result = fake().generate(asked(image=picture(12, 64), mask_image=None, outpaint={"left": 4, "right": 48}))
+        assert result.warnings == ()
+        result = fake().generate(asked(image=picture(12, 64), mask_image=None, outpaint={"left": 2, "right": 50}))
+        assert "the image fills no 8x8 pixels" in result.warnings[0]
+
+    def test_a_mask_of_one_s_own_follows_diffusers_still(self, fake):
+        mask = mask_of((20, 20, 47, 39))
+        (path,) = fake().prepare(fake().resolve(asked(mask_image=mask))).trajectories
+        np.testing.assert_array_equal(path.start.known.mask[0], np.asarray(mask)[::8, ::8] / 255)
+
+    @pytest.mark.parametrize(
+        ("outpaint", "size", "says", "hint"),
+        [
+            ({"right": 60}, None, "does not make images of 188x128", "right=64 makes 192x128"),
+            ({"right": 60}, (192, 128), "outpaint makes 188x128, but height and width say 192x128", "right=64 makes"),
+            ({"right": 64}, (256, 128), "outpaint makes 192x128, but height and width say 256x128", "right=128 makes"),
+            ({"right": 64}, (64, 64), "outpaint makes 192x128, but height and width say 64x64", "right=64 makes"),
+            ({"right": 64}, (None, 144), "outpaint makes 192x128, but height and width say 192x144", "bottom=16"),
+            ({"left": 33, "right": 30}, None, "191x128", "left=34,right=30 makes 192x128"),
+            ({"top": 5, "bottom": 5}, None, "128x138", "top=5,bottom=11 makes 128x144"),
+        ],
+    )
+    def test_a_size_that_is_not_the_canvas_s_is_refused_and_margins_named(self, fake, outpaint, size, says, hint):
+        width, height = size or (None, None)
+        request = asked(image=picture(128, 128), mask_image=None, outpaint=outpaint, width=width, height=height)
+        pipeline = fake()
+        with pytest.raises(RequestError, match=says) as raised:
+            pipeline.generate(request)
+        assert hint in raised.value.hint
+        assert not pipeline.runner.calls
+
+    def test_margins_that_are_named_are_taken(self, fake):
+        fixed = {"sizes": ((96, 96), (64, 128))}
+        for options, size in (({}, (40, 30)), (fixed, (40, 30)), (fixed, (130, 33))):
+            request = asked(image=picture(*size), mask_image=None, outpaint={"right": 3})
+            with pytest.raises(RequestError) as raised:
+                fake(**options).resolve(request)
+            margins, made = raised.value.hint.split(" makes ")
+            resolved = fake(**options).resolve(replace(request, outpaint=parse_margins(margins)))
+            assert f"{resolved.width}x{resolved.height}" == made
+
+    def test_where_no_margins_fit_the_sizes_are_named(self, fake):
+        with pytest.raises(RequestError) as raised:
+            fake().resolve(asked(image=picture(3, 64), mask_image=None, outpaint={"right": 4096}))
+        assert "the nearest is" in raised.value.hint
+
+    def test_the_canvas_s_own_size_may_be_said(self, fake):
+        request = asked(mask_image=None, outpaint={"right": 64}, width=128, height=64)
+        assert fake().resolve(request).task.size == (64, 128)
+
 
 class TestWindows:
     def test_one_window_is_the_plain_path(self, fake):
@@ -253,10 +353,24 @@ class TestWindows:
         big = Request(prompt="red", height=256, width=128, num_inference_steps=2)
         with pytest.raises(RequestError) as raised:
             fake().resolve(big)
-        assert "larger ones with windowed" in raised.value.hint
+        assert "larger ones with windowed, up to 16777216 pixels" in raised.value.hint
         result = fake().generate(Request(prompt="red", height=256, width=128, num_inference_steps=2, windowed=True))
         assert result.images[0].size == (128, 256)
         assert result.parameters(0)["windowed"] is True
+
+    @pytest.mark.parametrize(
+        ("size", "windowed", "says", "hint"),
+        [
+            ((6000, 4000), True, "6000x4000 is more than 16777216 pixels, even in windows", "such as 4992x3328"),
+            ((6000, 4000), False, "does not make images of 6000x4000", "with windowed, up to 16777216 pixels"),
+            ((250, 120), True, "both sides must be multiples of 16", "up to 16777216 pixels; the nearest is 256x128"),
+            ((16, 256), True, "does not make images of 16x256", "the nearest is 32x256"),
+        ],
+    )
+    def test_their_limit_is_named(self, fake, size, windowed, says, hint):
+        with pytest.raises(RequestError, match=says) as raised:
+            fake().resolve(Request(prompt="red", width=size[0], height=size[1], windowed=windowed))
+        assert hint in raised.value.hint
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,17 @@ def test_an_image_is_encoded_as_every_task_takes_it(fake):
         fake().encode("a.png")
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64, "7", 7.0, True, [7]], ids=repr)
+def test_a_seed_that_is_none_is_refused_before_the_image_is_encoded(fake, seed):
+    from PIL import Image
+
+    pipeline = fake()
+    with pytest.raises(RequestError, match="seed is") as raised:
+        pipeline.encode(Image.new("RGB", (64, 64)), seed=seed)
+    assert raised.value.hint
+    assert not pipeline.runner.calls
+
+
 @pytest.mark.parametrize(
     "options", [{"negative_prompt": "blue"}, {"guidance_rescale": 0.5}, {"guidance_end": 0.5}], ids=str
 )

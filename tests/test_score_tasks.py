@@ -1,16 +1,29 @@
 """The score of the tasks: what is asked for each case, and pictures in the cases' order."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import sdrt
-from sdrt.benchmarks.score_tasks import MODELS, Settings, contact_sheet, draw, request_of
+from sdrt.benchmarks import score_tasks
+from sdrt.benchmarks.score_tasks import (
+    MODELS,
+    Settings,
+    contact_sheet,
+    draw,
+    draw_task,
+    parse_arguments,
+    request_of,
+    settings_of,
+)
+from sdrt.engines.profile import parse_profile
 from sdrt.models.shapes.task_cases import TASKS, task_cases
 
 GIVEN = {
     "inpaint": {"image", "mask_image", "preserve", "strength"},
-    "outpaint": {"image", "mask_image", "preserve", "strength"},
+    "outpaint": {"image", "outpaint"},
     "upscale": {"image", "noise_level"},
     "depth": {"image", "depth_map", "strength"},
     "image-to-image": {"image", "strength"},
@@ -47,6 +60,45 @@ def test_pictures_come_in_the_cases_order_as_if_each_had_been_drawn_alone(shapes
         alone = [pipeline.generate(request_of(case, settings)).images[0] for case in cases]
     for picture, image in zip(drawn, alone, strict=True):
         assert np.array_equal(picture, np.asarray(image))
+
+
+def test_half_of_the_outpainted_canvases_are_larger_than_their_engines_take():
+    cases = task_cases("outpaint", 16)
+    for case in cases:
+        sizes = MODELS["outpaint"].model_of(case).sizes
+        profile = parse_profile(sizes, "1", default=(128, 128), multiple_of=8, text_length=77)
+        assert profile.accepts(*case.mask.shape) is not case.in_windows
+    assert [case.in_windows for case in cases] == [False, True] * 8
+    assert len({(*case.outpaint, case.in_windows) for case in cases}) == 8  # every side in both ways
+
+
+def test_each_case_is_drawn_by_its_model_and_pictures_come_in_the_cases_order(settings, monkeypatch):
+    cases = task_cases("outpaint", 5)
+    monkeypatch.setattr(score_tasks, "build", lambda model, settings: model.name)
+    monkeypatch.setattr(score_tasks, "draw", lambda bundle, cases, settings: [(bundle, case.seed) for case in cases])
+    pictures, _ = draw_task("outpaint", cases, settings)
+    whole, in_windows = "inpaint", "inpaint-small"
+    assert pictures == [(whole, 0), (in_windows, 1), (whole, 2), (in_windows, 3), (whole, 4)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_has_its_own_guidance_unless_the_command_line_has_one_for_all(task):
+    options = parse_arguments([])
+    assert settings_of(task, options).guidance_scale == MODELS[task].guidance_scale
+    assert settings_of(task, options).noise_level == MODELS[task].noise_level
+    options = parse_arguments(["--guidance-scale", "1", "--noise-level", "0"])
+    assert settings_of(task, options).guidance_scale == 1
+    assert settings_of(task, options).noise_level == (0 if task == "upscale" else None)
+
+
+def test_the_results_say_how_each_task_was_asked(monkeypatch, capsys):
+    def draw_truth(task, cases, settings):
+        return [case.truth for case in cases], 1.0
+
+    monkeypatch.setattr(score_tasks, "draw_task", draw_truth)
+    assert score_tasks.main(["--only", "upscale", "--cases", "3", "--guidance-scale", "1.5", "--noise-level", "0"]) == 0
+    asked = json.loads(capsys.readouterr().out)["upscale"]
+    assert (asked["guidance_scale"], asked["noise_level"]) == (1.5, 0)
 
 
 def test_a_sheet_shows_what_was_given_above_what_was_drawn():

@@ -23,7 +23,7 @@ def truths(cases):
 
 
 def blank(case):
-    size = (128, 128) if case.source is None else case.source.shape[:2]
+    size = (128, 128) if case.mask is None else case.mask.shape
     return np.full((*size, 3), BACKGROUNDS[parse_caption(case.caption).background], np.uint8)
 
 
@@ -33,7 +33,7 @@ def test_cases_are_held_out_and_the_same_for_a_seed(task):
     assert len(cases) == 8
     assert all(is_held_out(case.caption) for case in cases)
     for one, other in zip(cases, again, strict=True):
-        for name in ("caption", "source", "mask", "small", "depth", "edges", "truth", "silhouette"):
+        for name in ("caption", "source", "mask", "outpaint", "small", "depth", "edges", "truth", "silhouette"):
             assert np.array_equal(getattr(one, name), getattr(other, name))
 
 
@@ -70,6 +70,20 @@ def test_one_pixel_outside_the_hole_is_noticed():
     assert changed_outside(case, case.source) == 0
     assert changed_outside(case, picture) == 1
     assert not judge_task("inpaint", [case], [picture]).passed
+
+
+def test_a_source_that_was_moved_on_its_canvas_is_noticed():
+    case = next(case for case in task_cases("outpaint", COUNT) if case.outpaint == {"left": 32})
+    assert changed_outside(case, case.truth) == 0
+    assert changed_outside(case, np.roll(case.truth, 1, axis=1)) > 0
+
+
+def test_outpainting_whole_and_in_windows_are_told_apart():
+    cases = task_cases("outpaint", COUNT)
+    pictures = [case.truth ^ 8 if case.in_windows else case.truth for case in cases]
+    figures = judge_task("outpaint", cases, pictures).figures
+    assert [figures[name] for name in ("right", "right whole", "right in windows")] == [0.5, 1.0, 0.0]
+    assert "right in windows" not in judge_task("outpaint", cases[:1], pictures[:1]).figures
 
 
 def test_a_seam_is_noticed():

@@ -359,8 +359,8 @@ class TestBatcher:
             doomed = batcher.submit(request(seed=5, num_inference_steps=3))
             original = pipeline.prepare
 
-            def spoiled(resolved):
-                prepared = original(resolved)
+            def spoiled(resolved, **options):
+                prepared = original(resolved, **options)
                 if resolved.seed == 77:
                     prepared.trajectories[0].state[:] = np.nan
                     held.set()

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdrt.errors import BundleError, Cancelled, ParityError, RequestError
+from sdrt.progress import advance, complete
 from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32
 from sdrt.vae import Spare, blend_weights, decode_latents, encode_posterior, largest_tile, tile_spans
 
@@ -89,7 +90,7 @@ def latents_of(height: int, width: int, batch: int = 1) -> np.ndarray:
 
 
 def decode(runner, latents, **options):
-    return decode_latents(runner, latents, scaling_factor=SCALING, vae_downsample=FACTOR, **options)
+    return complete(decode_latents(runner, latents, scaling_factor=SCALING, vae_downsample=FACTOR, **options))
 
 
 def encode(runner, image, noise=None, **options):
@@ -282,7 +283,22 @@ def test_a_tile_without_room_to_overlap_is_refused():
 
 def test_an_engine_of_another_factor_is_a_bundle_error():
     with pytest.raises(BundleError, match="vae_decoder made an array of shape"):
-        decode_latents(PointwiseVae(), latents_of(4, 4), scaling_factor=1.0, vae_downsample=4)
+        complete(decode_latents(PointwiseVae(), latents_of(4, 4), scaling_factor=1.0, vae_downsample=4))
+
+
+def test_it_rests_between_two_tiles_and_the_image_is_the_same():
+    runner, latents = BiasedVae(), latents_of(9, 16)
+    work = decode_latents(runner, latents, scaling_factor=SCALING, vae_downsample=FACTOR, tile=(8, 8))
+    for tiles in range(1, 6):
+        assert advance(work) is None
+        assert len(runner.shapes) == tiles
+    np.testing.assert_array_equal(advance(work), decode(BiasedVae(), latents, tile=(8, 8)))
+    assert len(runner.shapes) == 6
+
+
+def test_an_image_that_fits_a_tile_is_one_part():
+    work = decode_latents(PointwiseVae(), latents_of(8, 8), scaling_factor=SCALING, vae_downsample=FACTOR, tile=(8, 8))
+    assert advance(work) is not None
 
 
 def test_progress_counts_tiles_and_can_stop_the_work():

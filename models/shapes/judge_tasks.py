@@ -65,14 +65,16 @@ def judge_inpaint(cases: Sequence[TaskCase], pictures: Sequence[Picture]) -> Tas
 
 
 def judge_outpaint(cases: Sequence[TaskCase], pictures: Sequence[Picture]) -> TaskScore:
-    """The source is kept, the background goes on, and no seam shows where they meet."""
+    """The source is kept, the background goes on, and no seam shows where they meet; whole and in windows apart."""
     pairs = list(zip(cases, pictures, strict=True))
     kept = [changed_outside(case, picture) == 0 for case, picture in pairs]
     continued = [continues_background(case, picture) for case, picture in pairs]
     seamless = [seam_gradient(case, picture) <= inner_gradient(case, picture) for case, picture in pairs]
+    right = [all(marks) for marks in zip(kept, continued, seamless, strict=True)]
     return TaskScore(
-        figures={
-            "right": _share(all(marks) for marks in zip(kept, continued, seamless, strict=True)),
+        figures={"right": _share(right)}
+        | _share_by_way(cases, right)
+        | {
             "kept": _share(kept),
             "continued": _share(continued),
             "seamless": _share(seamless),
@@ -82,6 +84,14 @@ def judge_outpaint(cases: Sequence[TaskCase], pictures: Sequence[Picture]) -> Ta
         bars={"right": 0.90, "kept": 1.0},
         count=len(cases),
     )
+
+
+def _share_by_way(cases: Sequence[TaskCase], right: Sequence[bool]) -> dict[str, float]:
+    """The share of each way, whole and in windows, that any of the cases went."""
+    marks: dict[str, list[bool]] = {}
+    for case, mark in zip(cases, right, strict=True):
+        marks.setdefault("right in windows" if case.in_windows else "right whole", []).append(mark)
+    return {name: _share(marks[name]) for name in sorted(marks)}
 
 
 def judge_upscale(cases: Sequence[TaskCase], pictures: Sequence[Picture]) -> TaskScore:
@@ -154,8 +164,9 @@ def shows_objects(verdict: Verdict) -> bool:
 
 
 def changed_outside(case: TaskCase, picture: Picture) -> int:
-    """How many pixels outside the mask differ from the source."""
-    differs = (picture != _given(case.source)).any(axis=-1)
+    """How many pixels outside the mask differ from the source, which lies on a canvas where that has grown."""
+    before = case.source if case.outpaint is None else case.truth
+    differs = (picture != _given(before)).any(axis=-1)
     return int((differs & ~_given(case.mask)).sum())
 
 

@@ -1,6 +1,6 @@
 """Held-out cases of every task: what is asked and given, and the truth that the judge of tasks compares with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count as numbers
 
@@ -30,12 +30,17 @@ SOFTNESS = 3.0  # pixels, of a depth map's edges
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskCase:
-    """One request and, in `truth` and `silhouette`, what its picture is compared with."""
+    """One request and, in `truth` and `silhouette`, what its picture is compared with.
+
+    in_windows: the canvas is to be larger than what the engines take at once.
+    """
 
     caption: str
     seed: int
     source: Picture | None = None  # uint8 [height, width, 3]: begun with, repainted or continued
-    mask: Mask | None = None  # bool [height, width]; True is to be repainted
+    mask: Mask | None = None  # bool [height, width] of the result; True is to be repainted, or what `outpaint` adds
+    outpaint: Mapping[str, int] | None = None  # by how many pixels the source grows on which sides
+    in_windows: bool = False
     small: Picture | None = None  # uint8 [32, 32, 3]
     depth: npt.NDArray[np.float32] | None = None  # [128, 128], larger is nearer
     edges: Picture | None = None  # uint8 [128, 128, 3], white on black
@@ -99,14 +104,17 @@ def _inpaint(rng: np.random.Generator, number: int) -> TaskCase:
 
 
 def _outpaint(rng: np.random.Generator, number: int) -> TaskCase:
-    """A canvas that has grown on one side; what is new holds nothing but a gray that no model should see."""
+    """A picture that is to grow on one side. Of two cases for a side, one is whole and one in windows."""
     drawing = _held_out_drawing(rng)
-    canvas, mask = extend(drawing, SIDES[number % len(SIDES)], EXTENSION)
+    side = SIDES[number // 2 % len(SIDES)]
+    canvas, mask = extend(drawing, side, EXTENSION)
     return TaskCase(
         caption=drawing.scene.caption,
         seed=number,
-        source=np.where(mask[..., None], np.uint8(128), canvas),
+        source=drawing.picture,
         mask=mask,
+        outpaint={side: EXTENSION},
+        in_windows=number % 2 == 1,
         truth=canvas,
     )
 

@@ -101,9 +101,9 @@ REQUEST_FIELDS = (
 
 # What an option says anew of a remembered image: the others of its kind no longer hold.
 _STEPS = ("num_inference_steps", "timesteps", "sigmas")
+_SIZE = ("height", "width")
 _INSTEAD = {name: tuple(other for other in _STEPS if other != name) for name in _STEPS} | {
     "scheduler": ("eta", "timesteps", "sigmas"),
-    "outpaint": ("height", "width"),
     "mask_mode": ("mask_blur",),
 }
 
@@ -406,6 +406,8 @@ def _request(folder: Path, remembered: dict[str, Any], options: dict[str, Any]) 
     for given, overridden in _INSTEAD.items():
         if given in options:
             fields = {name: value for name, value in fields.items() if name not in overridden or name in options}
+    if "outpaint" in fields:  # the canvas has its own size, and another one when the picture is another
+        fields = {name: value for name, value in fields.items() if name not in _SIZE or name in options}
     if "num_images_per_prompt" in options and "seed" not in options and isinstance(fields.get("seed"), list):
         fields["seed"] = fields["seed"][0]
     if fields.get("scheduler") == OWN_PLAN:

@@ -70,8 +70,10 @@ def decode(
     from sdrt.bundle import Bundle
     from sdrt.resolution import resolve_vae
     from sdrt.sizes import check_vae_size
+    from sdrt.vae import check_latents
 
     opened, array = Bundle.open(bundle), read_latents(latents)
+    check_latents(array, opened.manifest.model.latent_channels)
     resolve_vae(vae, opened.manifest.model)
     paths = numbered(out, len(array))
     check_outputs(paths, ".png", force=force)

@@ -37,6 +37,8 @@ class Inpainting(PlainTask):
     image, mask: RGB and grey, of one size: what is worked on. strength: the share of the steps that run; with all of
     them the image is not in the start. blur: of the mask in the latents, in pixels; None is a mask without greys.
     conditioned: the network sees mask and image. preserve: put what is not drawn back afterwards.
+    whole_latents: a latent that holds any of the mask is drawn, all of it; otherwise its upper left corner decides, as
+    in the reference.
     whole, box: with a crop, image and mask that it is cut out of, and where. image_sha256, mask_sha256: as given.
     """
 
@@ -50,6 +52,7 @@ class Inpainting(PlainTask):
     image_sha256: str
     mask_sha256: str
     preserve: bool = False
+    whole_latents: bool = False
     padding: int | None = None
     whole: tuple[Image.Image, Image.Image] | None = None
     box: pictures.Box | None = None
@@ -113,6 +116,10 @@ class Inpainting(PlainTask):
             return pictures.composite(drawn, image, pictures.binarised(mask) if exact else mask)
         return pictures.composite(image, self.image, self._drawn()) if self.preserve else image
 
+    def worked_on(self) -> Image.Image:
+        """The mask as the network is to take it, in pixels."""
+        return pictures.in_whole_latents(self.mask, self.vae_downsample) if self.whole_latents else self.mask
+
     def warnings(self) -> tuple[str, ...]:
         """A mask that is all of one colour."""
         drawn = np.asarray(pictures.binarised(self.mask) if self.blur is None else self.mask)
@@ -140,13 +147,14 @@ class Inpainting(PlainTask):
 
     def _in_latents(self) -> FloatArray:
         """The mask of the latents: float32 [1, h, w]."""
+        mask, side = self.worked_on(), self.vae_downsample
         if self.blur is None:
-            return pictures.nearest_in_latents(self._drawn(), self.vae_downsample)
-        return pictures.mean_in_latents(pictures.blurred(self.mask, self.blur), self.vae_downsample)
+            return pictures.nearest_in_latents(pictures.binarised(mask), side)
+        return pictures.mean_in_latents(pictures.blurred(mask, self.blur), side)
 
     def _masked(self, sample: FloatArray) -> FloatArray:
         """The image's sample with 0, which is grey, where it is drawn."""
-        kept = np.asarray(self.mask) < pictures.HALF
+        kept = np.asarray(self.worked_on()) < pictures.HALF
         masked: FloatArray = sample * kept[None, None]
         return masked
 

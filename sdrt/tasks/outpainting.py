@@ -8,13 +8,14 @@ from typing import ClassVar, Self
 import numpy as np
 from PIL import Image, ImageColor
 
-from sdrt.bundle import JsonValue, ModelRecord
+from sdrt.bundle import JsonValue, ModelRecord, ShapeProfile
 from sdrt.checks import check_whole, shown
 from sdrt.conditions import Start
 from sdrt.errors import RequestError
 from sdrt.image import LARGEST_PIXELS
 from sdrt.plan import SamplingPlan
 from sdrt.request import Request
+from sdrt.sizes import next_size
 from sdrt.tasks import pictures
 from sdrt.tasks.base import Preparation, TaskName
 from sdrt.tasks.inpainting import Inpainting, inpainting_of
@@ -49,6 +50,37 @@ class Outpainting:
         """With the canvas in this size."""
         return replace(self, inside=self.inside.resized(height, width))
 
+    def check_size(self, profile: ShapeProfile, height: int, width: int) -> None:
+        """RequestError for a (height, width) that is not the canvas's: the image would be stretched into it."""
+        if (height, width) == self.size:
+            return
+        canvas = self.inside.image
+        fitting = self.fitting_margins(profile, height, width)
+        if fitting is None:
+            fitting = self.fitting_margins(profile, canvas.height, canvas.width)
+        raise RequestError(
+            f"outpaint makes {canvas.width}x{canvas.height}, but height and width say {width}x{height}",
+            hint="leave height and width out" + ("" if fitting is None else f"; {fitting}"),
+        )
+
+    def fitting_margins(self, profile: ShapeProfile, height: int, width: int) -> str | None:
+        """Margins whose canvas has this size, or the next larger one that can be made, in words; None: there are none.
+
+        The larger one of two that are opposite is changed.
+        """
+        size = next_size(profile, height, width)
+        if size is None:
+            return None
+        left, top, right, bottom = self.margins
+        taller, wider = size[0] - self.inside.image.height, size[1] - self.inside.image.width
+        left, right = (left + wider, right) if left > right else (left, right + wider)
+        top, bottom = (top + taller, bottom) if top > bottom else (top, bottom + taller)
+        margins = dict(zip(SIDES, (left, top, right, bottom), strict=True))
+        if not all(0 <= margin <= LARGEST_MARGIN for margin in margins.values()) or not any(margins.values()):
+            return None
+        named = ",".join(f"{side}={margin}" for side, margin in margins.items() if margin > 0)
+        return f"{named} makes {size[1]}x{size[0]}"
+
     def check_plan(self, plan: SamplingPlan) -> None:
         """See `Inpainting`."""
         self.inside.check_plan(plan)
@@ -66,8 +98,11 @@ class Outpainting:
         return self.inside.finish(image)
 
     def warnings(self) -> tuple[str, ...]:
-        """Nothing is odd: there is always a margin, and always an image."""
-        return ()
+        """An image so narrow that it fills no latent, of which the new part knows nothing."""
+        if np.asarray(self.inside.worked_on()).min() < pictures.OPAQUE:
+            return ()
+        side = self.inside.vae_downsample
+        return (f"the image fills no {side}x{side} pixels of the model's grid: what is drawn does not go on from it",)
 
     def parameters(self) -> Mapping[str, JsonValue]:
         """The margins and what filled them, and what of the inpainting's own was asked for."""
@@ -84,6 +119,7 @@ def read_outpainting(request: Request, model: ModelRecord) -> Outpainting:
     _check_canvas(image, margins)
     fill = EDGE if request.fill is None else request.fill
     inside = inpainting_of(request, model, _canvas(image, margins, fill), _mask(image, margins), preserve=True)
+    inside = replace(inside, whole_latents=True)  # else some of the margin would be left as it was filled
     return Outpainting(inside=inside, image_sha256=pictures.pixels_sha256(image), margins=margins, fill=fill)
 
 

@@ -87,6 +87,14 @@ def nearest_in_latents(mask: Image.Image, side: int) -> FloatArray:
     return np.asarray(mask, np.float32)[None, ::side, ::side] / np.float32(OPAQUE)
 
 
+def in_whole_latents(mask: Image.Image, side: int) -> Image.Image:
+    """A mask that is as bright in all of each latent's pixels as in the brightest of them."""
+    pixels = np.asarray(mask)
+    height, width = pixels.shape
+    blocks = pixels.reshape(height // side, side, width // side, side).max((1, 3))
+    return Image.fromarray(blocks.repeat(side, 0).repeat(side, 1))
+
+
 def mean_in_latents(mask: Image.Image, side: int) -> FloatArray:
     """A mask's mean over the pixels of each latent: float32 [1, h, w] in [0, 1]."""
     pixels = np.asarray(mask, np.float32)
@@ -114,10 +122,11 @@ def crop_box(mask: Image.Image, padding: int, height: int, width: int) -> Box:
         raise RequestError("the mask is all black, so there is nothing to crop to", hint="leave padding_mask_crop out")
     left, right = _padded(columns, padding, mask.width)
     top, bottom = _padded(rows, padding, mask.height)
-    if (right - left) / (bottom - top) > width / height:
-        top, bottom = _widened(top, bottom, int((right - left) * height / width), mask.height)
+    shape = width / height  # rounded before it is used, as the reference does: it decides about a pixel
+    if (right - left) / (bottom - top) > shape:
+        top, bottom = _widened(top, bottom, (right - left) / shape, mask.height)
     else:
-        left, right = _widened(left, right, int((bottom - top) * width / height), mask.width)
+        left, right = _widened(left, right, (bottom - top) * shape, mask.width)
     return left, top, right, bottom
 
 
@@ -125,9 +134,9 @@ def _padded(positions: npt.NDArray[np.intp], padding: int, length: int) -> tuple
     return max(int(positions.min()) - padding, 0), min(int(positions.max()) + 1 + padding, length)
 
 
-def _widened(start: int, end: int, wanted: int, length: int) -> tuple[int, int]:
+def _widened(start: int, end: int, wanted: float, length: int) -> tuple[int, int]:
     """[start, end) grown on both sides to `wanted`, moved to lie in [0, length) and cut to it."""
-    more = wanted - (end - start)
+    more = int(wanted - (end - start))
     start, end = start - more // 2, end + more - more // 2
     if end >= length:
         start, end = start - (end - length), length

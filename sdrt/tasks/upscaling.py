@@ -1,7 +1,8 @@
 """Super-resolution: a network that sees a small image at every step draws it four times as large.
 
 The layout of Stable Diffusion's x4 upscaler: latents of the small image's size, the small image with some noise as more
-channels, and the level of that noise as a class (Ho et al. 2022, arXiv:2106.15282, conditioning augmentation).
+channels, and the level of that noise as a class (Ho et al. 2022, arXiv:2106.15282, conditioning augmentation). An image
+that the bundle makes nothing as small of is padded, and what was drawn of the padding is cut off again.
 """
 
 from collections.abc import Mapping
@@ -11,12 +12,15 @@ from typing import ClassVar, Self
 import numpy as np
 from PIL import Image
 
-from sdrt.bundle import JsonValue, ModelRecord, NoiseAugmentation
+from sdrt.bundle import JsonValue, ModelRecord, NoiseAugmentation, ShapeProfile
 from sdrt.checks import check_whole
 from sdrt.conditions import Start
 from sdrt.errors import RequestError
+from sdrt.image import LARGEST_PIXELS
 from sdrt.request import Request
+from sdrt.runners.base import FloatArray
 from sdrt.schedule import NoiseSchedule
+from sdrt.sizes import next_size, shrunk_size
 from sdrt.tasks import pictures
 from sdrt.tasks.base import PlainTask, Preparation, TaskName
 
@@ -53,12 +57,27 @@ class Upscaling(PlainTask):
         small = pictures.resize(self.image, height // self.factor, width // self.factor)
         return replace(self, image=small)
 
+    def drawn_size(self, profile: ShapeProfile, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of what has to be drawn for a result of this size: itself, unless the bundle makes no such.
+
+        Raises RequestError for too many pixels.
+        """
+        size = next_size(profile, height, width)
+        if size is not None:
+            return size
+        raise RequestError(
+            f"an image of {self._small(height, width)} pixels makes more than {LARGEST_PIXELS} when it is upscaled",
+            hint=f"give at most {LARGEST_PIXELS // self.factor**2} pixels, such as"
+            f" {self._small(*shrunk_size(profile, height, width))}; sides below {self._small(*profile.minimum)} count"
+            " as that",
+        )
+
     def start(self, preparation: Preparation) -> Start:
         """Noise, with the small image as conditioning, made noisy with the generator's first numbers, as the reference.
 
-        Its pixels are the latents' neighbours, one for one.
+        Its pixels are the latents' neighbours, one for one; it is padded where there are fewer of them.
         """
-        sample = pictures.to_sample(self.image)
+        sample = _padded(pictures.to_sample(self.image), *preparation.shape[1:])
         on_image, on_noise = (np.float32(value) for value in self.noise_weights)
         noisy = on_image * sample + on_noise * preparation.generator.randn(sample.shape)
         latents = preparation.only_noise(preparation.noise())
@@ -67,6 +86,10 @@ class Upscaling(PlainTask):
     def parameters(self) -> Mapping[str, JsonValue]:
         """The noise level, and by which pixels the image can be known again."""
         return {"noise_level": self.noise_level, "image_sha256": self.image_sha256}
+
+    def _small(self, height: int, width: int) -> str:
+        """WIDTHxHEIGHT of what is upscaled to this size."""
+        return f"{-(-width // self.factor)}x{-(-height // self.factor)}"
 
 
 def read_upscaling(request: Request, model: ModelRecord) -> Upscaling:
@@ -84,6 +107,12 @@ def read_upscaling(request: Request, model: ModelRecord) -> Upscaling:
         noise_level=level,
         noise_weights=_noise_weights(augmentation, level),
     )
+
+
+def _padded(sample: FloatArray, height: int, width: int) -> FloatArray:
+    """A sample float32 [1, 3, H, W] grown to [1, 3, height, width] by its last row and column."""
+    below, beside = height - sample.shape[2], width - sample.shape[3]
+    return np.pad(sample, ((0, 0), (0, 0), (0, below), (0, beside)), mode="edge")
 
 
 def _noise_weights(augmentation: NoiseAugmentation, level: int) -> tuple[float, float]:

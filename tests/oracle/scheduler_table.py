@@ -231,8 +231,8 @@ def written(found: Mapping[str, Mapping[str, Line]], seconds: float) -> str:
         f"bound is {BOUND:.0e} for both. What remains in float64 is the float32 in which the reference holds its "
         f"sigmas; {len(ILL_CONDITIONED)} options are worse than the bound, and say why. Where a DDIM or DDPM config "
         "does not say `clip_sample`, nothing is clipped, as Stable Diffusion's pipelines have it and not as the bare "
-        "classes. Of timesteps of one's own, a `strength` is a share of the steps; the pipelines of diffusers take it of "
-        "the evaluations, of which Heun's method has two a step, and so begin elsewhere with `heun`."
+        "classes. Of timesteps of one's own, a `strength` is a share of the steps; the pipelines of diffusers take it "
+        "of the evaluations, of which Heun's method has two a step, and so begin elsewhere with `heun`."
     )
     text = [
         "# Schedulers",

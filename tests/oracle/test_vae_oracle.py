@@ -13,6 +13,7 @@ from PIL import Image
 from sdrt.image import from_pixels, to_pixels
 from sdrt.models.shapes.scenes import scenes
 from sdrt.noise import TorchGenerator
+from sdrt.progress import complete
 from sdrt.vae import DEFAULT_TILE, decode_latents, encode_posterior
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "shapes" / "checkpoint"
@@ -47,7 +48,7 @@ def shapes_runner() -> TorchVae:
 
 
 def decode(runner: TorchVae, latents: np.ndarray, tile: int = NEVER_TILED) -> np.ndarray:
-    return decode_latents(runner, latents, scaling_factor=SCALING, vae_downsample=8, tile=(tile, tile))
+    return complete(decode_latents(runner, latents, scaling_factor=SCALING, vae_downsample=8, tile=(tile, tile)))
 
 
 def encode(runner: TorchVae, image: np.ndarray, noise: np.ndarray | None, tile: int = NEVER_TILED) -> np.ndarray:

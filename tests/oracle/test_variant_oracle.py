@@ -43,9 +43,11 @@ def assert_same(tmp_path, variant, kind, cases, *, sizes, ours, theirs=lambda ca
 
 
 def masked(case):
-    height, width = case.source.shape[:2]
+    """A case of inpainting, or one of outpainting as a canvas with a hole, which diffusers can be asked for."""
+    whole = case.source if case.outpaint is None else np.where(case.mask[..., None], np.uint8(128), case.truth)
     mask = Image.fromarray(case.mask.astype(np.uint8) * 255)
-    return {"image": Image.fromarray(case.source), "mask_image": mask, "height": height, "width": width}
+    height, width = case.mask.shape
+    return {"image": Image.fromarray(whole), "mask_image": mask, "height": height, "width": width}
 
 
 def test_inpaint(tmp_path):
