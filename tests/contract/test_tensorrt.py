@@ -107,6 +107,35 @@ def test_a_network_with_controlnets_is_built_and_sealed_ahead_of_time(python, st
     assert {"control", "control_scales"} <= {spec["name"] for spec in found["step"]["inputs"]}
 
 
+@pytest.mark.exhaustive  # five or six engines each
+@without_gpu
+@pytest.mark.parametrize(
+    ("kind", "depth", "channels", "more"),
+    [
+        ("StableDiffusionInpaintPipeline", None, 5, set()),
+        ("StableDiffusionUpscalePipeline", None, 3, {"class_labels"}),
+        ("StableDiffusionDepth2ImgPipeline", "hybrid", 1, set()),
+        ("StableDiffusionInstructPix2PixPipeline", None, 4, set()),
+    ],
+)
+def test_a_network_of_each_task_is_built_and_sealed_ahead_of_time(
+    python, tiny_of, tmp_path, kind, depth, channels, more
+):
+    _, onnx = tiny_of(kind, depth=depth)
+    manifest = built(python, onnx, tmp_path / "a.sdrt", "--sizes", "64x64", "--batch", "1")
+    assert manifest["model"]["conditioning_channels"] == channels
+    assert manifest["golden"]["parity"]["measured"] >= 35
+    found = {component["name"]: component for component in manifest["components"]}
+    inputs = {spec["name"] for spec in found["step"]["inputs"]}
+    assert {"conditioning", "lane_conditioning"} | more <= inputs
+    assert ("class_labels" in inputs) == bool(more)
+    names = ["step", "vae_encoder", "vae_decoder", *(["depth_estimator"] if depth else [])]
+    for name in names:
+        assert 0 < found[name]["parity"]["measured"] <= found[name]["parity"]["bound"]
+        assert [Path(file["path"]).name for file in found[name]["files"]] == ["model.engine"]
+    assert ("depth_estimator" in found) == bool(depth)
+
+
 @without_gpu
 def test_engines_to_refit_are_refused_before_any_work_where_there_is_no_gpu(python, tmp_path):
     done = sdrt(python, "build", "shapes", "--out", tmp_path / "x.sdrt", "--backend", "tensorrt", "--refit")
