@@ -36,13 +36,16 @@ class Entry:
 
 ENTRIES = (
     Entry(title="text-to-image", given=(), drawn="text-to-image.png"),
+    Entry(title="a variation of it", given=(), drawn="variation.png"),
     Entry(title="image-to-image", given=("photo.png",), drawn="image-to-image.png"),
     Entry(title="inpainting", given=("photo.png", "mask.png"), drawn="inpaint.png"),
     Entry(title="outpainting", given=("photo.png",), drawn="outpaint.png"),
+    Entry(title="outpainting in windows", given=("photo.png",), drawn="windows.png"),
     Entry(title="x4 super-resolution", given=("small.png",), drawn="upscale.png"),
     Entry(title="depth-to-image", given=("depth.png",), drawn="depth-to-image.png"),
     Entry(title="ControlNet (edges)", given=("edges.png",), drawn="controlnet.png"),
     Entry(title="two passes", given=(), drawn="two-passes.png"),
+    Entry(title="VAE, there and back", given=("photo.png",), drawn="decoded.png"),
 )
 
 
