@@ -45,11 +45,16 @@ def source_commit() -> str | None:
     return f"{commit}+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
 
 
-def source_digest(packages: Sequence[str] = ("sdrt", "sdrt.export", "sdrt.engines")) -> str:
-    """What tells the code that builds and draws from any other, committed or not: 12 hex digits."""
+_STAGES = ("export", "engines", "benchmarks", "models")  # folders of `sdrt` where it is installed, beside it in a clone
+
+
+def source_digest(packages: Sequence[str] = ("sdrt", "sdrt.export", "sdrt.engines", "sdrt.benchmarks")) -> str:
+    """What tells the code that builds, draws and measures from any other, committed or not: 12 hex digits."""
     digest = hashlib.sha256()
     for folder in (Path(str(files(package))) for package in packages):
         for path in sorted(folder.rglob("*.py")):
+            if path.relative_to(folder).parts[0] in _STAGES:
+                continue
             digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

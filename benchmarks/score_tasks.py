@@ -75,7 +75,7 @@ SMALL_INPAINT = Model(name="inpaint-small", model="shapes-inpaint")
 EDGES = Model(name="edges", model="shapes", flags=("--controlnet", "shapes-edges"))
 MODELS: Mapping[str, Setup] = {
     "inpaint": Setup(model=INPAINT, guidance_scale=4.0),
-    "outpaint": Setup(model=INPAINT, in_windows=SMALL_INPAINT, guidance_scale=4.0),
+    "outpaint": Setup(model=INPAINT, in_windows=SMALL_INPAINT, guidance_scale=1.0),
     # Where the picture given says nearly all, guidance only exaggerates.
     "upscale": Setup(model=Model(name="upscale", model="shapes-upscale"), guidance_scale=1.0, noise_level=20),
     "depth": Setup(model=Model(name="depth", model="shapes-depth"), guidance_scale=2.0),

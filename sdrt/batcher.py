@@ -76,7 +76,10 @@ class Ticket:
         return self.future.done()
 
     def cancel(self) -> None:
-        """Stop the request: its lanes are free again within a step or a tile. Nothing happens when it is done."""
+        """Stop the request: its lanes are free again within a step or a tile, or when another has been started.
+
+        Nothing happens when it is done.
+        """
         self._cancel_asked = True
         self._wake()
 

@@ -86,6 +86,7 @@ def make_tiny_checkpoint(
         layers_per_block=1,
         norm_num_groups=4,
         sample_size=64,
+        scaling_factor=0.08333 if slim else 0.18215,  # the upscaler's pipeline would write its own
     )
     scheduler = PNDMScheduler(
         beta_start=0.00085,

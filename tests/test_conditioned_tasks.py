@@ -111,11 +111,11 @@ class TestUpscaling:
     )
     def test_too_many_pixels_are_refused_with_the_limit_of_the_image_and_one_that_would_do(self, fake, small, example):
         pipeline = fake(task="upscaling")
-        says = f"an image of {small[0]}x{small[1]} pixels makes more than 16777216 when it is upscaled"
+        says = f"an image of {small[0]}x{small[1]} pixels makes more than 16777216 in the sizes that this"
         with pytest.raises(RequestError, match=says) as raised:
             pipeline.resolve(asked(picture(*small)))
         assert f"at most 1048576 pixels, such as {example}" in raised.value.hint
-        assert "below 8x8 count as that" in raised.value.hint
+        assert "those below 8x8 as that" in raised.value.hint
         width, height = map(int, example.split("x"))
         assert pipeline.resolve(asked(picture(width, height))).windowed
 

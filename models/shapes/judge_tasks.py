@@ -71,6 +71,10 @@ def judge_outpaint(cases: Sequence[TaskCase], pictures: Sequence[Picture]) -> Ta
     continued = [continues_background(case, picture) for case, picture in pairs]
     seamless = [seam_gradient(case, picture) <= inner_gradient(case, picture) for case, picture in pairs]
     right = [all(marks) for marks in zip(kept, continued, seamless, strict=True)]
+    seam, inner = (
+        float(np.mean([gradient(case, picture) for case, picture in pairs]))
+        for gradient in (seam_gradient, inner_gradient)
+    )
     return TaskScore(
         figures={"right": _share(right)}
         | _share_by_way(cases, right)
@@ -78,10 +82,11 @@ def judge_outpaint(cases: Sequence[TaskCase], pictures: Sequence[Picture]) -> Ta
             "kept": _share(kept),
             "continued": _share(continued),
             "seamless": _share(seamless),
-            "seam gradient": float(np.mean([seam_gradient(case, picture) for case, picture in pairs])),
-            "inner gradient": float(np.mean([inner_gradient(case, picture) for case, picture in pairs])),
+            "seam gradient": seam,
+            "inner gradient": inner,
+            "inner gradient above the seam's": inner - seam,
         },
-        bars={"right": 0.90, "kept": 1.0},
+        bars={"right": 0.90, "kept": 1.0, "inner gradient above the seam's": 0.0},
         count=len(cases),
     )
 

@@ -66,10 +66,11 @@ class Upscaling(PlainTask):
         if size is not None:
             return size
         raise RequestError(
-            f"an image of {self._small(height, width)} pixels makes more than {LARGEST_PIXELS} when it is upscaled",
+            f"an image of {self._small(height, width)} pixels makes more than {LARGEST_PIXELS} in the sizes that this"
+            " bundle draws",
             hint=f"give at most {LARGEST_PIXELS // self.factor**2} pixels, such as"
-            f" {self._small(*shrunk_size(profile, height, width))}; sides below {self._small(*profile.minimum)} count"
-            " as that",
+            f" {self._small(*shrunk_size(profile, height, width))}; sides count as the next multiples of"
+            f" {profile.multiple_of // self.factor}, and those below {self._small(*profile.minimum)} as that",
         )
 
     def start(self, preparation: Preparation) -> Start:

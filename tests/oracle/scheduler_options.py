@@ -107,7 +107,6 @@ IN_AXES = {
     "num_train_timesteps",
     "mu",
     *filter(None, SIGMAS),
-    *TOGETHER,
 }
 _OF_MU = "one of four numbers from which pipelines reckon mu, which is measured"
 _OF_FLOW = "counts with use_flow_sigmas only"
@@ -182,6 +181,9 @@ def variations(class_name: str) -> Iterator[Variation]:
             if name in fields and condition in fields:
                 words = f"{name}={value} with {condition}"
                 yield Variation(option=words, config={**AROUND.get(name, {}), name: value, condition: True})
+    if family.schedule == "edm":  # whose whole grid lies between them
+        for bound in ({"sigma_min": 0.05}, {"sigma_max": 10.0}):
+            yield Variation(option=", ".join(f"{name}={value}" for name, value in bound.items()), config=bound)
     own = inspect.signature(scheduler_class(class_name).set_timesteps).parameters
     for grid in ("timesteps", "sigmas"):
         if grid in own:
@@ -218,7 +220,8 @@ def variations(class_name: str) -> Iterator[Variation]:
             if not str(algorithm).endswith("++") and "final_sigmas_type" in fields:
                 config["final_sigmas_type"] = "sigma_min"  # without it, it could not take its last step
             yield Variation(option=f"{algorithm}, order {order}, {kind}", config=config)
-    for name in sorted(fields.keys() - IN_AXES - WITHOUT_CELLS.keys() - set(SOLVER if crossed else ())):
+    elsewhere = IN_AXES | TOGETHER.keys() | WITHOUT_CELLS.keys() | set(SOLVER if crossed else ())
+    for name in sorted(fields.keys() - elsewhere):
         for value, prediction in itertools.product(values[name], predictions[:2]):
             config = {name: value} | ({} if prediction is None else {"prediction_type": prediction})
             option = f"{name}={value}"

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sdrt.errors import RequestError
@@ -10,13 +11,12 @@ from sdrt.plan.catalog import FAMILIES, NAMES, base_names
 from tests.oracle import scheduler_table
 from tests.oracle.scheduler_options import IN_AXES, MORE_BETA_SCHEDULES, WITHOUT_CELLS, Variation, variations
 from tests.oracle.scheduler_table import (
-    BOUND,
     ILL_CONDITIONED,
     WITHOUT_PLAN,
     Cell,
     Line,
     all_classes,
-    beyond_bound,
+    fault_of,
     faults_of,
     measure,
     options_of,
@@ -32,16 +32,16 @@ def test_every_class_of_the_reference_has_a_plan_or_a_reason():
     assert not FAMILIES.keys() & WITHOUT_PLAN.keys()
 
 
-def within(cell: Cell) -> bool:
-    """Whether a cell was measured, and both of its errors are small enough."""
-    return cell.exact is not None and cell.exact <= BOUND and cell.rounded is not None and cell.rounded <= BOUND
+def fault(class_name: str, asked: Variation, steps: int) -> str | None:
+    """What is wrong with a cell."""
+    return fault_of(class_name, asked.option, steps, measure(class_name, asked, steps))
 
 
 @pytest.mark.parametrize("class_name", sorted(FAMILIES))
 def test_a_class_with_its_defaults_and_begun_late_is_the_reference(class_name: str):
     plain = next(variations(class_name))
     for asked in (plain, replace(plain, strength=0.6)):
-        assert within(measure(class_name, asked, 20))
+        assert fault(class_name, asked, 20) is None
 
 
 @pytest.mark.parametrize("option", ["clip_sample=True", "thresholding=True"])
@@ -50,7 +50,7 @@ def test_a_clamp_is_the_reference_s(class_name: str, option: str):
     asked = [each for each in variations(class_name) if each.option == option]
     assert asked or option == "clip_sample=True"
     for each in asked:
-        assert within(measure(class_name, each, 5))
+        assert fault(class_name, each, 5) is None
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_clamp_is_the_reference_s(class_name: str, option: str):
 )
 def test_the_schedules_of_betas_that_few_have_are_the_reference_s(class_name: str, kind: str):
     asked = Variation(option=kind, config={"beta_schedule": kind})
-    assert within(measure(class_name, asked, 7))
+    assert fault(class_name, asked, 7) is None
 
 
 @pytest.mark.parametrize("bound", ["sigma_min", "sigma_max"])
@@ -66,7 +66,7 @@ def test_a_flow_heeds_the_bounds_of_its_sigmas(bound: str):
     (asked, *_) = [
         each for each in variations("FlowMatchEulerDiscreteScheduler") if each.option.startswith(f"{bound}=")
     ]
-    assert within(measure("FlowMatchEulerDiscreteScheduler", asked, 5))
+    assert fault("FlowMatchEulerDiscreteScheduler", asked, 5) is None
 
 
 def test_every_field_of_a_class_is_varied_or_a_reason_is_said():
@@ -75,24 +75,55 @@ def test_every_field_of_a_class_is_varied_or_a_reason_is_said():
         assert family.fields.keys() <= varied | IN_AXES | WITHOUT_CELLS.keys(), class_name
 
 
-def test_a_cell_beyond_its_bound_is_found():
-    line = Line(worst={5: 2e-5}, cells=1)
-    assert beyond_bound({"DDIMScheduler": {"epsilon": line}}) == ["DDIMScheduler epsilon 5 steps: 2.0e-05"]
-    assert beyond_bound({"DDIMScheduler": {"epsilon": Line(worst={5: float("nan")}, cells=1)}})
-    assert beyond_bound({"DDIMScheduler": {"epsilon": Line(worst={5: 1e-9}, rounded=2e-5, cells=1)}})
-    (class_name, option), (bound, _) = next(iter(ILL_CONDITIONED.items()))
-    assert not beyond_bound({class_name: {option: Line(worst={5: bound}, cells=1)}})
+FINE = Cell(exact=1e-9, rounded=1e-7, told=0.0)
 
 
-def test_a_cell_that_only_one_of_the_two_has_is_found():
-    for cell, refused in ((Cell(ours="no"), "only sdrt refuses: no"), (Cell(theirs="no"), "not the reference: no")):
-        line = Line()
-        line.add("eta=0.3", 5, cell)
-        assert faults_of({"DDIMScheduler": {"eta=0.3": line}}) == [f"DDIMScheduler eta=0.3, 5 steps: {refused}"]
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        (replace(FINE, exact=2e-5), "2.0e-05 in float64"),
+        (replace(FINE, exact=float("nan")), "nan in float64"),
+        (replace(FINE, rounded=2e-5), "2.0e-05 in float32"),
+        (replace(FINE, rounded=float("nan")), "nan in float32"),
+        (replace(FINE, told=0.5), "timesteps 5.0e-01 from the reference's"),
+        (Cell(ours="no"), "only sdrt refuses: no"),
+        (Cell(theirs="no"), "not the reference: no"),
+    ],
+)
+def test_a_cell_that_is_wrong_is_found(cell: Cell, said: str):
     line = Line()
-    line.add("use_flow_sigmas=True", 5, Cell(ours="no"))
-    line.add("sample", 5, Cell(ours="no", theirs="no"))
-    assert not faults_of({"DDIMScheduler": {"sample": line}})
+    line.add("DDIMScheduler", "epsilon", 5, cell)
+    line.add("DDIMScheduler", "epsilon", 20, FINE)
+    assert faults_of({"DDIMScheduler": {"epsilon": line}}) == [f"DDIMScheduler epsilon, 5 steps: {said}"]
+
+
+def test_a_line_does_not_forget_what_is_not_a_number():
+    line = Line()
+    for cell in (replace(FINE, exact=float("nan")), FINE):
+        line.add("DDIMScheduler", "epsilon", 5, cell)
+    assert np.isnan(line.worst[5])
+
+
+def test_what_is_fine_or_has_a_reason_is_no_fault():
+    assert fault_of("DDIMScheduler", "epsilon", 5, FINE) is None
+    assert fault_of("DDIMScheduler", "use_flow_sigmas=True", 5, Cell(ours="no")) is None
+    assert fault_of("DDIMScheduler", "sample", 5, Cell(ours="no", theirs="no")) is None
+    for (class_name, option, steps), (bound, _) in ILL_CONDITIONED.items():
+        cell = Cell(theirs="no") if bound is None else Cell(exact=bound, rounded=bound, told=9.0)
+        assert fault_of(class_name, option, steps, cell) is None
+        assert fault_of(class_name, option, steps + 1, cell) is not None
+        assert fault_of(class_name, option, steps, Cell(ours="no")) is not None
+
+
+def test_a_plan_that_tells_the_network_other_times_is_found(monkeypatch: pytest.MonkeyPatch):
+    asked, build = next(variations("DDIMScheduler")), scheduler_table.build_plan
+
+    def late(**options: object):
+        plan = build(**options)
+        return replace(plan, timesteps=plan.timesteps + 1)
+
+    monkeypatch.setattr(scheduler_table, "build_plan", late)
+    assert fault("DDIMScheduler", asked, 5) == "timesteps 1.0e+00 from the reference's"
 
 
 def test_a_plan_that_is_refused_or_crashes_is_no_refusal_of_the_reference(monkeypatch: pytest.MonkeyPatch):
@@ -119,7 +150,7 @@ def test_a_plan_that_is_wrong_by_little_is_beyond_the_bound(monkeypatch: pytest.
     monkeypatch.setattr(
         scheduler_table, "make_scheduler", lambda name, config: make(name, {**config, "beta_end": 0.012})
     )
-    assert not within(measure("DDIMScheduler", asked, 20))
+    assert fault("DDIMScheduler", asked, 20) is not None
 
 
 def test_the_document_names_every_scheduler_and_says_why_a_cell_is_missing():
