@@ -255,10 +255,10 @@ def written(found: Mapping[str, Mapping[str, Line]], seconds: float) -> str:
         f"mathematics, and {rounded:.1e} where its state and its numbers are float32, as the step graph has them; the "
         f"bound is {BOUND:.0e} for both. What remains in float64 is the float32 in which the reference holds its "
         f"sigmas; {exceptions} cells are worse than the bound, and say why. The timesteps that the network is told "
-        f"are the reference's to {TIMESTEP_BOUND:.0e}, but for ancestral KDPM2's to 0.02. Where a DDIM or DDPM config does "
-        "not say `clip_sample`, nothing is clipped, as Stable Diffusion's pipelines have it and not as the bare classes. Of "
-        "timesteps of one's own, a `strength` is a share of the steps; the pipelines of diffusers take it of the "
-        "evaluations, of which Heun's method has two a step, and so begin elsewhere with `heun`."
+        f"are the reference's to {TIMESTEP_BOUND:.0e}, but for ancestral KDPM2's to 0.02. Where a DDIM or DDPM "
+        "config does not say `clip_sample`, nothing is clipped, as Stable Diffusion's pipelines have it and not as the "
+        "bare classes. Of timesteps of one's own, a `strength` is a share of the steps; the pipelines of diffusers "
+        "take it of the evaluations, of which Heun's method has two a step, and so begin elsewhere with `heun`."
     )
     text = [
         "# Schedulers",
