@@ -14,11 +14,12 @@ from sdrt.engines.base import ENGINES_FOLDER, ComponentSource, EngineBuilder
 from sdrt.engines.onnx_files import external_files, lend_file, load_graph
 from sdrt.engines.step_graph import compose_step_graph, composer_key
 from sdrt.errors import BuildError
+from sdrt.files import contained_path
 from sdrt.progress import Progress, silent
 from sdrt.runners.base import STEP
 
 _RECORD_NAME = "component.json"
-_BUILDERS_VERSION = 3  # part of every key: raise it when a builder makes other engines of the same ONNX
+_BUILDERS_VERSION = 4  # part of every key: raise it when a builder makes other engines of the same ONNX
 _UNMEASURED = ParityRecord(metric="max_relative", measured=float("inf"), bound=0.0)
 
 
@@ -57,6 +58,8 @@ def make_component(
     key = _component_key(builder, source, precision, [source.onnx_path, *weights], store)
     if not store.fetch(key, folder):
         built = build_component(builder, source, precision, staged, progress)
+        for file in built.files[1:]:
+            store.share(contained_path(staged, file.path), file.sha256)
         kept = _Kept(files=built.files, inputs=built.inputs, outputs=built.outputs)
         (folder / _RECORD_NAME).write_bytes(msgspec.json.encode(kept))
         store.keep(key, folder)

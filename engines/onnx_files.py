@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from sdrt.engines.weight_files import weight_files, write_weights
 from sdrt.errors import BuildError
 
 MODEL_NAME = "model.onnx"
@@ -67,6 +68,34 @@ def weight_array(tensor: onnx.TensorProto, path: Path) -> npt.NDArray[np.generic
         _count(entries.get("offset", "0"), tensor.name),
     )
     return np.memmap(file, dtype, mode="r", offset=offset, shape=tuple(tensor.dims))
+
+
+def place_external(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    """Say where a weight's bytes lie: in the file `location` beside the model. It holds none itself any more."""
+    tensor.ClearField("raw_data")
+    del tensor.external_data[:]
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+
+
+def write_divided(source: Path, folder: Path) -> tuple[str, ...]:
+    """Write the model at `source` into `folder` with its external weights divided as `weight_files` does.
+
+    Returns the names of the files, the model first. BuildError: as `load_graph` and `external_files`.
+    """
+    model = load_graph(source)
+    external_files(model, source)
+    tensors = {tensor.name: tensor for tensor in _external_tensors(model.graph)}
+    names = [MODEL_NAME]
+    for part in weight_files(tensors):
+        arrays = {name: weight_array(tensors[name], source) for name in part.weights}
+        location = f"{MODEL_NAME}{part.suffix}.data"
+        for name, offset in write_weights(folder / location, arrays).items():
+            place_external(tensors[name], location, offset, arrays[name].nbytes)
+        names.append(location)
+    onnx.save(model, folder / MODEL_NAME)
+    return tuple(names)
 
 
 def place_file(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from sdrt.bundle import BackendName, JsonValue, Precision
 from sdrt.engines.base import ComponentSource
-from sdrt.engines.onnx_files import MODEL_NAME, external_files, lend_file, load_graph, place_file
+from sdrt.engines.onnx_files import MODEL_NAME, external_files, lend_file, load_graph, place_file, write_divided
 from sdrt.errors import BackendError
 from sdrt.progress import Progress, silent
 from sdrt.runners.base import STEP
@@ -50,6 +50,8 @@ class OnnxRuntimeBuilder:
         self, source: ComponentSource, precision: Precision, folder: Path, *, progress: Progress = silent
     ) -> Sequence[str]:
         """Write model.onnx and its weights as real files; see `EngineBuilder.build`."""
+        if source.name == STEP and source.controls and not self.lend:
+            return write_divided(source.onnx_path, folder)
         place = lend_file if self.lend else place_file
         place(source.onnx_path, folder / MODEL_NAME)
         names = [MODEL_NAME]

@@ -1,7 +1,6 @@
 """Engines for OpenVINO: the IR of each component, with float32 kept where bf16 would lose the image."""
 
 import importlib
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from sdrt.bundle import BackendName, JsonValue, Precision
 from sdrt.engines.base import ComponentSource
+from sdrt.engines.openvino_ir import MODEL_NAME, WEIGHTS_NAME, divide_weights, keep_float32
 from sdrt.engines.step_graph import PREFIX, TIMESTEP
 from sdrt.errors import BackendError, BuildError, OutputError
 from sdrt.progress import Progress, silent
@@ -31,13 +31,6 @@ from sdrt.step_border import ALL_STEP_INPUTS, fixed_sizes
 if TYPE_CHECKING:
     import openvino as ov
 
-MODEL_NAME = "model.xml"
-WEIGHTS_NAME = "model.bin"
-# The CPU plugin keeps a node that carries this in float32, also when the inference precision is bf16.
-_KEEP_FLOAT32 = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}
-_COMPRESSED = "_compressed"  # what OpenVINO appends to the name of a constant that it stores in float16
-_ALIGNMENT = 64  # bytes
-_NOT_COMPUTED = ("Parameter", "Const", "Result")
 _PERIODIC = ("Sin", "Cos")
 
 
@@ -73,7 +66,7 @@ class OpenVinoBuilder:
     def build(
         self, source: ComponentSource, precision: Precision, folder: Path, *, progress: Progress = silent
     ) -> Sequence[str]:
-        """Write model.xml and model.bin; see `EngineBuilder.build`."""
+        """Write model.xml and its weights; see `EngineBuilder.build`."""
         openvino = _openvino()
         try:
             model = openvino.Core().read_model(source.onnx_path)
@@ -95,8 +88,9 @@ class OpenVinoBuilder:
                 hint="free some space on its disk, or name an output on another one",
             ) from error
         if kept:
-            _keep_float32(folder / MODEL_NAME, kept, exact)
-        return (MODEL_NAME, WEIGHTS_NAME)
+            keep_float32(folder, kept, exact)
+        weights = divide_weights(folder) if source.name == STEP and source.controls else (WEIGHTS_NAME,)
+        return (MODEL_NAME, *weights)
 
 
 def _fix_dimensions(model: "ov.Model", source: ComponentSource) -> None:
@@ -218,36 +212,6 @@ def _unsqueeze_by_reshape(node: "ov.Node") -> None:
     reshape = opset13.reshape(node.input_value(0), opset13.constant(pattern, dtype="int64"), False)
     reshape.set_friendly_name(node.get_friendly_name())
     node.output(0).replace(reshape.output(0))
-
-
-def _keep_float32(path: Path, names: set[str], exact: Mapping[str, npt.NDArray[np.float32]]) -> None:
-    """Mark nodes of a saved IR to be computed in float32, and store their constants (`exact`) whole again."""
-    tree = ElementTree.parse(path)
-    compressed = {f"{name}{_COMPRESSED}": value for name, value in exact.items()}
-    for layer in tree.iterfind("./layers/layer"):
-        name = layer.get("name", "")
-        if layer.get("type") == "Const" and name in compressed:
-            _store_whole(layer, compressed[name], path.with_name(WEIGHTS_NAME))
-        if name not in names or layer.get("type") in _NOT_COMPUTED:
-            continue
-        info = layer.find("rt_info")
-        if info is None:
-            info = ElementTree.Element("rt_info")
-            layer.insert(1 if layer.find("data") is not None else 0, info)
-        ElementTree.SubElement(info, "attribute", _KEEP_FLOAT32)
-    tree.write(path, encoding="utf-8", xml_declaration=True)
-
-
-def _store_whole(layer: ElementTree.Element, value: npt.NDArray[np.float32], weights: Path) -> None:
-    """Append a constant to the weights in float32 and point its layer there; the conversion after it does nothing."""
-    data, port = layer.find("data"), layer.find("output/port")
-    if data is None or port is None:
-        raise BuildError(f"OpenVINO wrote {layer.get('name')} without its data", hint="report this with the model")
-    with weights.open("ab") as file:
-        file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-        data.attrib |= {"element_type": "f32", "offset": str(file.tell()), "size": str(value.nbytes)}
-        file.write(value.tobytes())
-    port.set("precision", "FP32")
 
 
 def _openvino() -> ModuleType:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from sdrt.errors import BundleError, OutputError
 from sdrt.files import contained_path, sha256_of, staged_directory, write_atomically
 
 _INDEX_NAME = "entry.json"
+_CONTENT_NAME = "content"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _SETTLED_SECONDS = 2.0  # the coarsest clock of a file system: a younger file may change without changing its time
@@ -95,6 +97,20 @@ class Store:
         except (OSError, OutputError) as error:
             if _read_index(entry) is None:  # else another process was faster
                 self._warn(error)
+
+    def share(self, path: Path, sha256: str) -> None:
+        """Make the file a hard link to the store's own of the same content, or keep it there for the next one.
+
+        sha256: of its content. Where the file system has no links, nothing is gained and nothing lost.
+        """
+        key = cache_key(stage="content", sha256=sha256)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".sharing.") as name:
+            folder = Path(name)
+            if self.fetch(key, folder):
+                (folder / _CONTENT_NAME).replace(path)
+            else:
+                _link_or_copy(path, folder / _CONTENT_NAME)
+                self.keep(key, folder)
 
     def sha256(self, path: Path) -> str:
         """A file's sha256, remembered by its size, time and inode so that it is read only once.

@@ -4,7 +4,8 @@ Layout (components as Hugging Face Optimum names them):
 
     model_index.json
     text_encoder/model.onnx (+ model.onnx.data)   input_ids → last_hidden_state (, pooler_output)
-    unet/model.onnx                                sample, timestep, encoder_hidden_states → out_sample
+    unet/model.onnx                                sample, timestep, encoder_hidden_states → out_sample; the weights of
+        ControlNets in it are named controlnets.<number>.<name>
     vae_decoder/model.onnx                         latent_sample → sample
     tiny_vae_decoder/model.onnx                    the same, where a tiny VAE was exported beside the checkpoint's own
     vae_encoder/model.onnx                         sample → latent_parameters
@@ -19,6 +20,7 @@ A folder that another exporter made has neither golden/ nor export.json; the eng
 ONNX Runtime in float32 as the reference and says so in the seal.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,6 +38,7 @@ TASK_OF_CHANNELS: Mapping[int, ModelTask] = {
     4: "editing",
     5: "inpainting",
 }
+_OF_A_CONTROLNET = re.compile(r"controlnets\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,3 +72,9 @@ def task_of_channels(conditioning_channels: int) -> ModelTask:
             hint=f"sdrt knows UNets of Stable Diffusion with {known} channels",
         )
     return TASK_OF_CHANNELS[conditioning_channels]
+
+
+def controlnet_weight(weight: str) -> tuple[int, str] | None:
+    """Which ControlNet of the UNet's a weight belongs to, and its name there; None for the UNet's own."""
+    match = _OF_A_CONTROLNET.match(weight)
+    return None if match is None else (int(match[1]), match[2])

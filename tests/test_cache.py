@@ -12,6 +12,7 @@ import pytest
 
 from sdrt import cache
 from sdrt.cache import Store, cache_key, default_cache_root
+from sdrt.files import sha256_of
 
 KEY = cache_key(test="x")
 OLD = 1_600_000_000_123_456_789  # a time with nanoseconds, long ago
@@ -360,3 +361,34 @@ def test_a_damaged_memory_is_ignored(store, tmp_path, memo):
 def test_a_missing_file_has_no_hash(store, tmp_path):
     with pytest.raises(FileNotFoundError):
         store.sha256(tmp_path / "nowhere")
+
+
+def test_files_of_one_content_become_one_file(store, tmp_path):
+    first, second, other = (
+        aged(tmp_path / name, text) for name, text in (("a", "x" * 99), ("b", "x" * 99), ("c", "y"))
+    )
+    for path in (first, second, other):
+        store.share(path, sha256_of(path))
+    assert first.samefile(second)
+    assert not first.samefile(other)
+    assert [path.read_text() for path in (first, second, other)] == ["x" * 99, "x" * 99, "y"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "cache"]
+
+
+def test_what_was_changed_since_is_not_shared(store, tmp_path):
+    first, second = (aged(tmp_path / name, "same") for name in ("a", "b"))
+    digest = sha256_of(first)
+    store.share(first, digest)
+    first.write_text("else")
+    with pytest.warns(UserWarning, match="damaged"):
+        store.share(second, digest)
+    assert second.read_text() == "same"
+
+
+def test_where_there_are_no_links_files_are_left_as_they_are(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", no_hard_links)
+    first, second = (aged(tmp_path / name, "same") for name in ("a", "b"))
+    for path in (first, second):
+        store.share(path, sha256_of(path))
+    assert not first.samefile(second)
+    assert [path.read_text() for path in (first, second)] == ["same", "same"]

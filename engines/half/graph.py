@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sdrt.engines.onnx_files import weight_array
+from sdrt.engines.onnx_files import place_external, weight_array
 from sdrt.errors import BuildError
 
 WEIGHTS_SUFFIX = ".data"
@@ -217,6 +217,4 @@ def _store(weight: TensorProto, source: Path, file: IO[bytes], location: str, *,
     file.write(array.tobytes())
     element_type = TensorProto.FLOAT16 if half else weight.data_type
     weight.CopyFrom(TensorProto(name=weight.name, dims=weight.dims, data_type=element_type))
-    weight.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(array.nbytes))):
-        weight.external_data.add(key=key, value=value)
+    place_external(weight, location, offset, array.nbytes)
