@@ -86,13 +86,14 @@ def write_divided(source: Path, folder: Path) -> tuple[str, ...]:
     """
     model = load_graph(source)
     external_files(model, source)
-    tensors = {tensor.name: tensor for tensor in _external_tensors(model.graph)}
+    tensors = list(_external_tensors(model.graph))
     names = [MODEL_NAME]
-    for part in weight_files(tensors):
-        arrays = {name: weight_array(tensors[name], source) for name in part.weights}
+    for part in weight_files([tensor.name for tensor in tensors]):
+        arrays = [weight_array(tensors[index], source) for index in part.weights]
         location = f"{MODEL_NAME}{part.suffix}.data"
-        for name, offset in write_weights(folder / location, arrays).items():
-            place_external(tensors[name], location, offset, arrays[name].nbytes)
+        offsets = write_weights(folder / location, arrays)
+        for index, offset, array in zip(part.weights, offsets, arrays, strict=True):
+            place_external(tensors[index], location, offset, array.nbytes)
         names.append(location)
     onnx.save(model, folder / MODEL_NAME)
     return tuple(names)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from sdrt.engines.weight_files import weight_files, write_weights
 from sdrt.errors import BuildError
-from sdrt.runners.joined_files import joined_offsets
+from sdrt.runners.mapped_files import joined_offsets
 
 MODEL_NAME = "model.xml"
 WEIGHTS_NAME = "model.bin"

@@ -16,6 +16,7 @@ from sdrt.engines.step_graph import compose_step_graph
 from sdrt.errors import BuildError
 from sdrt.plan.clamping import Thresholding
 from sdrt.runners.cpu import native_precision
+from sdrt.runners.openvino import read_ir
 
 SLOTS = 6
 BACKENDS = ["onnxruntime", "openvino fp32"] + ["openvino bf16"] * (native_precision() == "bf16")
@@ -67,8 +68,10 @@ def open_step(name, folder, engine, **source):
     precision = name.split()[1]
     files = OpenVinoBuilder().build(replace(step_source(path), **source), precision, engine)
     hint = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision], "INFERENCE_NUM_THREADS": 1}
-    compiled = openvino.Core().compile_model(engine / files[0], "CPU", hint)
-    return lambda feeds: compiled(feeds)["next_state"].copy()
+    core = openvino.Core()
+    model, weights = read_ir(core, [engine / name for name in files])
+    compiled = core.compile_model(model, "CPU", hint)
+    return lambda feeds, _=weights: compiled(feeds)["next_state"].copy()
 
 
 def step_source(path):

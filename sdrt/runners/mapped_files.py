@@ -1,29 +1,98 @@
-"""Mapped files that have been read: their memory given back. What is read again comes from the file again."""
+"""Files mapped one after the other, so that they read as one, and whose memory can be given back at any time."""
 
+import contextlib
 import ctypes
 import mmap
+import os
 import sys
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-_MAPS = Path("/proc/self/maps")
+import numpy as np
+import numpy.typing as npt
+
+GRANULARITY = 65_536  # bytes: each file begins at a multiple of this, which pages of any system divide
+_MAP_FIXED = 0x10
+_FAILED = ctypes.c_void_p(-1).value
+_SECONDS_BETWEEN_RETURNS = 0.1
 
 
-def release_mapped(path: Path) -> int:
-    """Give back the memory of this process's read-only mappings of a file; returns how many bytes they span.
+def joined_offsets(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Where files of these sizes begin, in bytes, and where the last one ends."""
+    offsets = [0]
+    for size in sizes[:-1]:
+        offsets.append(-(-(offsets[-1] + size) // GRANULARITY) * GRANULARITY)
+    return (*offsets, offsets[-1] + sizes[-1])
 
-    A library that compiles weights from a mapped file may keep the mapping, which counts as this process's memory
-    though hardly any of it is read again. Where mappings cannot be told (no Linux) nothing happens: 0 is returned.
+
+class MappedFiles:
+    """The files' bytes at their `joined_offsets`, zeros between them, as `array` (uint8).
+
+    On Linux they are mapped: what of them is in memory can be given back, and comes from the files again. Elsewhere
+    they are read. The array is not to be written to, whatever it says: OpenVINO takes none that says so.
+    Whoever reads its memory without a reference to it, as a library does, needs it to be kept. Raises OSError.
     """
-    if sys.platform != "linux" or not _MAPS.exists():
-        return 0
-    advise = ctypes.CDLL(None, use_errno=True).madvise
-    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    spanned, wanted = 0, str(path.resolve())
-    for line in _MAPS.read_text(errors="surrogateescape").splitlines():
-        fields = line.split(maxsplit=5)  # addresses, permissions, offset, device, inode, path
-        if len(fields) < 6 or fields[5] != wanted or "w" in fields[1]:
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._mapped = sys.platform == "linux"
+        self.array = _map(files) if self._mapped else _read(files)
+
+    def give_back(self) -> None:
+        """Free the memory of what has been read."""
+        if self._mapped:
+            address = self.array.ctypes.data
+            advise = ctypes.CDLL(None, use_errno=True).madvise
+            advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+            if advise(address, self.array.nbytes, mmap.MADV_DONTNEED) != 0:
+                raise _system_error()
+
+    @contextlib.contextmanager
+    def given_back(self) -> Iterator[None]:
+        """Free that memory again and again while the block runs, so that a reader never holds the whole of it."""
+        ended = threading.Event()
+
+        def return_often() -> None:
+            while not ended.wait(_SECONDS_BETWEEN_RETURNS):
+                self.give_back()
+
+        thread = threading.Thread(target=return_often, name="sdrt-mapped-files", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self.give_back()
+
+
+def _map(files: Sequence[Path]) -> npt.NDArray[np.uint8]:
+    sizes = [file.stat().st_size for file in files]
+    *offsets, end = joined_offsets(sizes)
+    # The mappings of the files replace parts of this one, whose end, when nothing refers to the array, is theirs.
+    array = np.frombuffer(mmap.mmap(-1, max(end, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)[:end]
+    place = ctypes.CDLL(None, use_errno=True).mmap
+    place.restype = ctypes.c_void_p
+    place.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    for file, size, offset in zip(files, sizes, offsets, strict=True):
+        if size == 0:
             continue
-        start, end = (int(number, 16) for number in fields[0].split("-"))
-        if advise(start, end - start, mmap.MADV_DONTNEED) == 0:
-            spanned += end - start
-    return spanned
+        with file.open("rb") as opened:
+            how = (mmap.PROT_READ, mmap.MAP_PRIVATE | _MAP_FIXED, opened.fileno(), 0)
+            if place(array.ctypes.data + offset, size, *how) == _FAILED:
+                raise _system_error(file)
+    return array
+
+
+def _read(files: Sequence[Path]) -> npt.NDArray[np.uint8]:
+    contents = [np.fromfile(file, np.uint8) for file in files]
+    *offsets, end = joined_offsets([content.size for content in contents])
+    array = np.zeros(end, np.uint8)
+    for content, offset in zip(contents, offsets, strict=True):
+        array[offset : offset + content.size] = content
+    return array
+
+
+def _system_error(file: Path | None = None) -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code), None if file is None else os.fspath(file))

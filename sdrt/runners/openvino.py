@@ -1,19 +1,18 @@
 """The OpenVINO runner: opens the .xml engines of a bundle on the CPU."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from sdrt.bundle import Bundle, ComponentRecord
 from sdrt.errors import BackendError
 from sdrt.runners.base import IN_FLOAT32, STEP, TEXT_ENCODER, VAE_DECODER, Array, FloatArray
 from sdrt.runners.cpu import available_cores
 from sdrt.runners.feeds import asked_component, checked_feeds
-from sdrt.runners.joined_files import join_files
-from sdrt.runners.mapped_files import release_mapped
+from sdrt.runners.mapped_files import MappedFiles
 from sdrt.runners.usual import Shapes, usual_shapes
 
 _OPENED_AT_ONCE = (TEXT_ENCODER, STEP, VAE_DECODER)  # what every image needs; the VAE encoder waits for its first use
@@ -32,7 +31,7 @@ class OpenVinoRunner:
         self._bundle = bundle
         self._core: Any = openvino.Core()
         self._threads = available_cores() if threads is None else threads
-        self._joined: dict[str, npt.NDArray[np.uint8]] = {}  # weights that lie in several files, by component
+        self._weights: list[MappedFiles] = []  # of all models that were read
         self._requests: dict[tuple[str, bool], Any] = {}  # by component, and whether for its usual shapes alone
         self._closed = False
         self._usual: dict[str, Shapes | None] = {
@@ -67,7 +66,7 @@ class OpenVinoRunner:
         """See `Runner.close`."""
         self._closed = True
         self._requests.clear()
-        self._joined.clear()
+        self._weights.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -86,14 +85,12 @@ class OpenVinoRunner:
     def _compile(self, component: ComponentRecord, shapes: Shapes | None) -> Any:  # noqa: ANN401
         path = self._bundle.file(component.files[0])
         try:
-            model = self._read(component)
-            if shapes is not None:
-                model.reshape({name: list(shape) for name, shape in shapes.items()})
-            compiled = self._core.compile_model(model, "CPU", self._settings(component.name))
-            request = compiled.create_infer_request()
-            for file in component.files:  # its weights are compiled into the engine, but stay mapped
-                release_mapped(self._bundle.file(file))
-            return request
+            model, weights = read_ir(self._core, [self._bundle.file(file) for file in component.files])
+            self._weights.append(weights)
+            with weights.given_back():  # what is compiled has its own copy of nearly all of them
+                if shapes is not None:
+                    model.reshape({name: list(shape) for name, shape in shapes.items()})
+                return self._core.compile_model(model, "CPU", self._settings(component.name)).create_infer_request()
         except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise BackendError(
                 f"OpenVINO cannot open {path}: {_last_line(error)}",
@@ -102,19 +99,6 @@ class OpenVinoRunner:
         except MemoryError as error:
             raise BackendError(f"{path} needs more memory than there is", hint="free some memory") from error
 
-    def _read(self, component: ComponentRecord) -> Any:  # noqa: ANN401
-        """The component's model; weights in several files are joined, and stay mapped while the runner is open."""
-        import openvino
-
-        path, *weights = (self._bundle.file(file) for file in component.files)
-        if len(weights) < 2:
-            return self._core.read_model(path)
-        if component.name not in self._joined:
-            self._joined[component.name] = join_files(weights)
-        return self._core.read_model(
-            path.read_text("utf-8"), openvino.Tensor(self._joined[component.name], shared_memory=True)
-        )
-
     def _settings(self, component: str) -> dict[str, object]:
         half = self._bundle.manifest.precision == "bf16" and component not in IN_FLOAT32
         return {
@@ -122,6 +106,19 @@ class OpenVinoRunner:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self._threads,
         }
+
+
+def read_ir(core: Any, files: Sequence[Path]) -> tuple[Any, MappedFiles]:  # noqa: ANN401
+    """An IR, read from its model's file and those of its weights; and these, as one.
+
+    They have to be kept as long as the model and everything that is compiled from it. Raises RuntimeError, as OpenVINO
+    does, OSError, UnicodeDecodeError.
+    """
+    import openvino
+
+    model, *weights = files
+    mapped = MappedFiles(weights)
+    return core.read_model(model.read_text("utf-8"), openvino.Tensor(mapped.array, shared_memory=True)), mapped
 
 
 def _last_line(error: BaseException) -> str:
