@@ -2,7 +2,7 @@
 
 State is what `_Active` and the step batches hold, policy is `admit` and `choose_size`, execution is the pipeline's; the
 worker thread is the only one that computes. Its turn is: let requests leave and join, one step for one size, one image
-decoded, or one tile of a large one.
+decoded; of a large image that is encoded or decoded, one tile.
 """
 
 import threading
@@ -18,8 +18,8 @@ from typing import Any, Literal, Self
 from PIL import Image
 
 from sdrt.errors import BackendError, BusyError, Cancelled, RequestError, SdrtError
-from sdrt.pipeline import Followed, Pipeline, Prepared, Result, as_request
-from sdrt.progress import Progress, Work, advance
+from sdrt.pipeline import Cost, Followed, Pipeline, Prepared, Result, as_request
+from sdrt.progress import Work, advance
 from sdrt.request import Request
 from sdrt.resolution import ResolvedRequest
 from sdrt.step_batch import Faults, StepBatch, open_batch
@@ -76,7 +76,7 @@ class Ticket:
         return self.future.done()
 
     def cancel(self) -> None:
-        """Stop the request: its lanes are free again within a step or a tile, or when another has been started.
+        """Stop the request: its lanes are free again within a step or a tile.
 
         Nothing happens when it is done.
         """
@@ -94,15 +94,29 @@ class Ticket:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
+class _Joining:
+    """A request whose images are being begun. rested: whether it has come to rest, in the middle of a large one."""
+
+    ticket: Ticket
+    preparing: Work[Prepared]
+    began: float
+    rested: bool = False
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class _Active:
-    """A request in the running batch. drawing: of the image that is being decoded, from its first tile on."""
+    """A request in the running batch.
+
+    drawing: the image that is being decoded, from its first tile on; following: that which is taken to the second pass.
+    """
 
     ticket: Ticket
     prepared: Prepared
     began: float
     step_seconds: list[float] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
-    drawing: Work[Image.Image] | None = None
+    drawing: Work[tuple[Image.Image, Cost]] | None = None
+    following: Work[Followed] | None = None
     vae_decoder_seconds: float = 0.0
     float32_decodes: int = 0
     followed: list[Followed] = field(default_factory=list)
@@ -170,10 +184,10 @@ class Batcher:
         self._pipeline = pipeline
         self._max_queue = max_queue
         self._waiting: deque[Ticket] = deque()
+        self._joining: list[_Joining] = []
         self._active: list[_Active] = []
         self._changed = threading.Condition()
         self._closing = self._stopping = False
-        self._joining: Ticket | None = None
         self._last_size: Size | None = None
         self._last_decoded: Size | None = None
         self._batches: dict[Size, StepBatch] = {}
@@ -210,7 +224,7 @@ class Batcher:
         with self._changed:
             return BatcherStats(
                 queued=len(self._waiting),
-                running=len(self._active),
+                running=len(self._joining) + len(self._active),
                 finished=self._outcomes["done"],
                 failed=self._outcomes["failed"],
                 cancelled=self._outcomes["cancelled"],
@@ -247,6 +261,7 @@ class Batcher:
             while self._has_work():
                 self._drop_cancelled()
                 self._join_waiting()
+                self._begin()
                 self._step()
                 self._decode()
         finally:
@@ -256,16 +271,16 @@ class Batcher:
     def _has_work(self) -> bool:
         """Wait for something to do. False when the batcher is closed and there is nothing left."""
         with self._changed:
-            while not (self._waiting or self._active or self._closing):
+            while not (self._waiting or self._joining or self._active or self._closing):
                 self._changed.wait()
-            return bool(self._waiting or self._active)
+            return bool(self._waiting or self._joining or self._active)
 
     def _abandon(self) -> None:
         """Let nobody wait for a worker that is gone. After an orderly end there is nobody left."""
         with self._changed:
             self._closing = True
-            joining = [] if self._joining is None else [self._joining]
-            left = [*joining, *(item.ticket for item in self._active), *self._waiting]
+            left = [item.ticket for item in self._begun()] + [*self._waiting]
+            self._joining.clear()
             self._active.clear()
             self._waiting.clear()
         for ticket in left:
@@ -279,31 +294,40 @@ class Batcher:
                 self._waiting.remove(ticket)
         for ticket in dropped:
             self._settle(ticket, _cancelled())
-        for item in [item for item in self._active if self._is_cancelled(item.ticket)]:
-            self._leave(item, _cancelled())
+        for item in self._begun():
+            if self._is_cancelled(item.ticket):
+                self._leave(item, _cancelled())
+
+    def _begun(self) -> "list[_Joining | _Active]":
+        return [*self._joining, *self._active]
 
     def _join_waiting(self) -> None:
         undecoded, running = (
             sum(item.places for item in self._active if item.finished is finished) for finished in (True, False)
         )
+        running += sum(places_of(item.ticket.request) for item in self._joining)
         with self._changed:
             needs = [places_of(ticket.request) for ticket in self._waiting]
-        for _ in range(admit(needs, running, self.max_batch, undecoded=undecoded)):
-            with self._changed:
-                self._joining = self._waiting.popleft()
-            self._join(self._joining)
-            self._joining = None
+            for _ in range(admit(needs, running, self.max_batch, undecoded=undecoded)):
+                ticket = self._waiting.popleft()
+                ticket._running = True
+                preparing = self._pipeline.preparing(ticket.request)
+                self._joining.append(_Joining(ticket=ticket, preparing=preparing, began=time.perf_counter()))
 
-    def _join(self, ticket: Ticket) -> None:
-        ticket._running = True
-        began = time.perf_counter()
-        try:
-            prepared = self._pipeline.prepare(ticket.request, progress=self._unless_cancelled(ticket))
-        except Exception as error:  # whatever stops one request must not stop the others
-            self._settle(ticket, error)
-            return
-        with self._changed:
-            self._active.append(_Active(ticket=ticket, prepared=prepared, began=began))
+    def _begin(self) -> None:
+        """Begin those who have just joined, and do one tile more of the first whose image is a large one."""
+        resting = [item for item in self._joining if item.rested][:1]
+        for item in [*resting, *(item for item in self._joining if not item.rested)]:
+            try:
+                prepared = advance(item.preparing)
+            except Exception as error:  # whatever stops one request must not stop the others
+                self._leave(item, error)
+                continue
+            item.rested = True
+            if prepared is not None:
+                with self._changed:
+                    self._joining.remove(item)
+                    self._active.append(_Active(ticket=item.ticket, prepared=prepared, began=item.began))
 
     def _step(self) -> None:
         stepping = [item for item in self._active if not item.prepared.finished]
@@ -373,7 +397,7 @@ class Batcher:
             self._drop_batch(size)
 
     def _decode(self) -> None:
-        """Decode one image, or one tile of a large one, or start one in its second pass: no one waits for more.
+        """Decode one image, or one tile of a large one, or take one as far into its second pass: no one waits for more.
 
         Sizes take turns, so that small images do not wait for all tiles of a large one; one image of a size is begun.
         """
@@ -382,39 +406,38 @@ class Batcher:
             return
         self._last_decoded = choose_size([item.size for item in denoised], self._last_decoded)
         group = [item for item in denoised if item.size == self._last_decoded]
-        item = next((item for item in group if item.drawing is not None), group[0])
-        if item.prepared.following is None:
-            self._draw(item)
-        else:
-            self._follow(item)
+        begun = (item for item in group if item.drawing is not None or item.following is not None)
+        item = next(begun, group[0])
+        try:
+            if item.prepared.following is None:
+                self._draw(item)
+            else:
+                self._follow(item)
+        except Exception as error:  # a failed decode is this request's alone
+            self._leave(item, error)
 
     def _draw(self, item: _Active) -> None:
         """Go on with an image as far as one call of the VAE takes it; with the last one the request is done."""
-        began, decoded_before = time.perf_counter(), self._pipeline.float32_decodes
-        try:
-            if item.drawing is None:
-                item.drawing = self._pipeline.drawing(item.prepared, len(item.images))
-            image = advance(item.drawing)
-        except Exception as error:  # a failed decode is this request's alone
-            self._leave(item, error)
+        if item.drawing is None:
+            item.drawing = self._pipeline.measured(self._pipeline.drawing(item.prepared, len(item.images)))
+        if (drawn := advance(item.drawing)) is None:
             return
-        item.vae_decoder_seconds += time.perf_counter() - began
-        item.float32_decodes += self._pipeline.float32_decodes - decoded_before
-        if image is None:
-            return
+        image, cost = drawn
         item.images.append(image)
         item.drawing = None
+        item.vae_decoder_seconds += cost.seconds
+        item.float32_decodes += cost.float32_decodes
         if len(item.images) == len(item.prepared.trajectories):
             self._leave(item, self._result(item))
 
     def _follow(self, item: _Active) -> None:
-        """Start one image in the second pass; with the last one they all step on, in another size."""
-        try:
-            progress = self._unless_cancelled(item.ticket)
-            item.followed.append(self._pipeline.follow(item.prepared, len(item.followed), progress=progress))
-        except Exception as error:  # a failed decode is this request's alone
-            self._leave(item, error)
+        """Go on likewise with an image into the second pass; with the last one they all step on, in another size."""
+        if item.following is None:
+            item.following = self._pipeline.following(item.prepared, len(item.followed))
+        if (followed := advance(item.following)) is None:
             return
+        item.followed.append(followed)
+        item.following = None
         if len(item.followed) == len(item.prepared.trajectories):
             item.prepared = item.prepared.followed_by(item.followed)
 
@@ -431,18 +454,12 @@ class Batcher:
     def _is_cancelled(self, ticket: Ticket) -> bool:
         return self._stopping or ticket._cancel_asked or ticket.future.cancelled()
 
-    def _unless_cancelled(self, ticket: Ticket) -> Progress:
-        """What ends the work for a ticket, between two tiles, when it is cancelled."""
-
-        def look(stage: str, done: int, total: int) -> None:
-            if self._is_cancelled(ticket):
-                raise _cancelled()
-
-        return look
-
-    def _leave(self, item: _Active, outcome: Result | BaseException) -> None:
+    def _leave(self, item: _Joining | _Active, outcome: Result | BaseException) -> None:
         with self._changed:
-            self._active.remove(item)
+            if isinstance(item, _Joining):
+                self._joining.remove(item)
+            else:
+                self._active.remove(item)
         self._settle(item.ticket, outcome)
 
     def _settle(self, ticket: Ticket, outcome: Result | BaseException) -> None:

@@ -23,7 +23,7 @@ from sdrt.errors import RequestError
 from sdrt.guidance import Guidance, guidance_of
 from sdrt.image import from_pixels, to_images
 from sdrt.noise import GENERATORS, TorchGenerator, Variation
-from sdrt.progress import Progress, Work, complete, silent
+from sdrt.progress import Made, Work, advance, complete
 from sdrt.request import Request
 from sdrt.resolution import ResolvedRequest, VaeName, resolve_request, resolve_vae
 from sdrt.runners import open_runner
@@ -188,6 +188,14 @@ class Followed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What work took while it did not rest. float32_decodes: by how much the pipeline's count of them grew."""
+
+    seconds: float = 0.0
+    float32_decodes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Engines:
     """What the beginning of an image may ask of the engines."""
 
@@ -253,57 +261,63 @@ class Pipeline:
         """Check a request against this bundle. Raises RequestError."""
         return resolve_request(request, self.bundle.manifest)
 
-    def prepare(self, request: ResolvedRequest, *, progress: Progress = silent) -> Prepared:
-        """Embed the prompts and start one trajectory for each image.
+    def prepare(self, request: ResolvedRequest) -> Prepared:
+        """Embed the prompts and start one trajectory for each image."""
+        return complete(self.preparing(request))
 
-        progress: called before and after each tile that the VAE encodes; what it raises stops the work.
-        """
+    def preparing(self, request: ResolvedRequest) -> Work[Prepared]:
+        """`prepare` as work that rests between two tiles of a large image that is encoded."""
         began = time.perf_counter()
         guidance = self._guidance(request)
-        embedded = time.perf_counter()
-        engines = _Engines(
-            encode=_once(_sample_key, partial(self._posterior, progress=progress)),
-            estimate_depth=_once(_image_key, self._estimate_depth),
-        )
-        steering = self._steering(request)
-        images = range(request.num_images_per_prompt)
-        trajectories = tuple(self._start(request, index, guidance, steering, engines) for index in images)
+        text_encoder_seconds = time.perf_counter() - began
+        trajectories, cost = yield from self.measured(self._starting(request, guidance))
         return Prepared(
             request=request,
             trajectories=trajectories,
             warnings=self._warnings(request) + _odd(trajectories),
-            text_encoder_seconds=embedded - began,
-            vae_encoder_seconds=time.perf_counter() - embedded,
+            text_encoder_seconds=text_encoder_seconds,
+            vae_encoder_seconds=cost.seconds,
             following=request.hires,
         )
 
-    def follow(self, prepared: Prepared, index: int, *, progress: Progress = silent) -> Followed:
-        """Start image `index` of a finished pass in the one that follows; `Prepared.followed_by` takes them all.
+    def follow(self, prepared: Prepared, index: int) -> Followed:
+        """Start image `index` of a finished pass in the one that follows; `Prepared.followed_by` takes them all."""
+        return complete(self.following(prepared, index))
 
-        progress: as of `prepare`, of what the VAE decodes too.
-        """
-        if prepared.following is None:
+    def following(self, prepared: Prepared, index: int) -> Work[Followed]:
+        """`follow` as work that rests between two tiles of a large image that is decoded or encoded."""
+        request = prepared.following
+        if request is None:
             raise ValueError("no pass follows this one")
-        began, decoding, decodes = time.perf_counter(), 0.0, self.float32_decodes
+        decoding = Cost()
 
-        def decode(latents: FloatArray) -> Image.Image:
+        def decode(latents: FloatArray) -> Work[Image.Image]:
             nonlocal decoding
-            decode_began = time.perf_counter()
-            image = complete(self._decoding(latents, request.vae, progress))[0]
-            decoding += time.perf_counter() - decode_began
-            return image
+            images, decoding = yield from self.measured(self._decoding(latents, request.vae))
+            return images[0]
 
         drawn = Drawn(latents=prepared.trajectories[index].latents[None], decode=decode)
-        request = prepared.following
-        encode = partial(self._posterior, progress=progress)
-        engines = _Engines(encode=encode, estimate_depth=self._estimate_depth)
-        trajectory = self._start(request, index, self._guidance(request), self._steering(request), engines, drawn)
+        trajectory, cost = yield from self.measured(self._entering(request, index, drawn))
         return Followed(
             trajectory=trajectory,
-            vae_encoder_seconds=time.perf_counter() - began - decoding,
-            vae_decoder_seconds=decoding,
-            float32_decodes=self.float32_decodes - decodes,
+            vae_encoder_seconds=cost.seconds - decoding.seconds,
+            vae_decoder_seconds=decoding.seconds,
+            float32_decodes=decoding.float32_decodes,
         )
+
+    def measured(self, work: Work[Made]) -> Work[tuple[Made, Cost]]:
+        """The same work, with what it took while it did not rest."""
+        cost = Cost()
+        while True:
+            began, decodes = time.perf_counter(), self.float32_decodes
+            made = advance(work)
+            cost = Cost(
+                seconds=cost.seconds + time.perf_counter() - began,
+                float32_decodes=cost.float32_decodes + self.float32_decodes - decodes,
+            )
+            if made is not None:
+                return made, cost
+            yield
 
     def finish(
         self,
@@ -358,9 +372,10 @@ class Pipeline:
 
     def posterior(self, image: Image.Image) -> Posterior:
         """What the VAE knows of an image's latents. Raises RequestError as `encode` does."""
-        return self._posterior(from_pixels(np.asarray(check_picture("image", image))[None]))
+        return complete(self._encoding(from_pixels(np.asarray(check_picture("image", image))[None])))
 
-    def _posterior(self, sample: FloatArray, *, progress: Progress = silent) -> Posterior:
+    def _encoding(self, sample: FloatArray) -> Work[Posterior]:
+        """What the VAE knows of an image, at rest between two tiles."""
         model = self.bundle.manifest.model
         return encode_posterior(
             self.runner,
@@ -368,7 +383,6 @@ class Pipeline:
             scaling_factor=model.vae_scaling_factor,
             vae_downsample=model.vae_downsample,
             tile=self._tile,
-            progress=progress,
         )
 
     def _estimate_depth(self, image: Image.Image) -> FloatArray:
@@ -461,6 +475,20 @@ class Pipeline:
             gaps = [gap for batch in batches if (gap := batch.gap_seconds()) is not None]
         return [sum(parts) for parts in zip(*seconds, strict=True)], gaps
 
+    def _starting(self, request: ResolvedRequest, guidance: Guidance) -> Work[tuple[Trajectory, ...]]:
+        """Every image before the first row, what all of them begin with being looked at once."""
+        engines = _Engines(encode=_encoded_once(self._encoding), estimate_depth=_once(_image_key, self._estimate_depth))
+        steering = self._steering(request)
+        trajectories = []
+        for index in range(request.num_images_per_prompt):
+            trajectories.append((yield from self._start(request, index, guidance, steering, engines)))
+        return tuple(trajectories)
+
+    def _entering(self, request: ResolvedRequest, index: int, drawn: Drawn) -> Work[Trajectory]:
+        """Image `index` before the first row of a second pass."""
+        engines = _Engines(encode=self._encoding, estimate_depth=self._estimate_depth)
+        return self._start(request, index, self._guidance(request), self._steering(request), engines, drawn)
+
     def _start(
         self,
         request: ResolvedRequest,
@@ -469,7 +497,7 @@ class Pipeline:
         steering: Steering | None,
         engines: _Engines,
         drawn: Drawn | None = None,
-    ) -> Trajectory:
+    ) -> Work[Trajectory]:
         """Image `index` before the first row of a pass."""
         model, variation = self.bundle.manifest.model, request.variations[index]
         rows, columns = (length // model.vae_downsample for length in request.drawn_size)
@@ -483,12 +511,13 @@ class Pipeline:
             vary=_as_it_is if variation is None else variation.apply,
             drawn=drawn,
         )
+        start = yield from request.task.start(preparation)
         return start_trajectory(
             plan=request.plan,
             guidance=guidance,
             generator=generator,
             slots=self.bundle.manifest.state_slots,
-            start=request.task.start(preparation),
+            start=start,
             steering=steering,
             windows=self._windows(request),
         )
@@ -535,9 +564,7 @@ class Pipeline:
     def _decode(self, latents: FloatArray, vae: VaeName) -> tuple[Image.Image, ...]:
         return complete(self._decoding(latents, vae))
 
-    def _decoding(
-        self, latents: FloatArray, vae: VaeName, progress: Progress = silent
-    ) -> Work[tuple[Image.Image, ...]]:
+    def _decoding(self, latents: FloatArray, vae: VaeName) -> Work[tuple[Image.Image, ...]]:
         """The images of latents, at rest between two tiles."""
         model = self.bundle.manifest.model
         decode = partial(
@@ -546,7 +573,6 @@ class Pipeline:
             latents,
             vae_downsample=model.vae_downsample,
             tile=self._tile,
-            progress=progress,
         )
         if vae == "tiny" and model.tiny_vae is not None:
             sample = yield from decode(component=TINY_VAE_DECODER, scaling_factor=model.tiny_vae.scaling_factor)
@@ -594,8 +620,17 @@ def _once(key_of: Callable[[Given], bytes], look: Callable[[Given], Seen]) -> Ca
     return remembered
 
 
-def _sample_key(sample: FloatArray) -> bytes:
-    return hashlib.sha256(sample.tobytes()).digest()
+def _encoded_once(encode: Encode) -> Encode:
+    """`encode` that encodes each sample once, however many results begin with it."""
+    known: dict[bytes, Posterior] = {}
+
+    def remembered(sample: FloatArray) -> Work[Posterior]:
+        key = hashlib.sha256(sample.tobytes()).digest()
+        if key not in known:
+            known[key] = yield from encode(sample)
+        return known[key]
+
+    return remembered
 
 
 def _image_key(image: Image.Image) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdrt.errors import BundleError, ParityError, RequestError
-from sdrt.progress import Progress, Work, complete, silent
+from sdrt.progress import Work
 from sdrt.runners.base import VAE_DECODER, VAE_ENCODER, FloatArray, Runner
 
 DEFAULT_TILE = 64
@@ -68,7 +68,6 @@ def decode_latents(
     scaling_factor: float,
     vae_downsample: int,
     tile: tuple[int, int] = (DEFAULT_TILE, DEFAULT_TILE),
-    progress: Progress = silent,
     component: str = VAE_DECODER,
     spare: Spare | None = None,
 ) -> Work[FloatArray]:
@@ -76,7 +75,6 @@ def decode_latents(
 
     latents: float32 [B, C, h, w], as the sampler leaves them. Returns float32 [B, 3, H, W] in about [-1, 1],
     not clipped. Above `tile`, (height, width) in latent pixels, tiles of that size are decoded and blended.
-    `progress` is called with (component, tiles done, tiles in all); what it raises stops the work.
     spare: what decodes a tile again, when the decoder's own result is not finite.
     Raises ParityError when the latents, or in the end an engine's result, are not finite.
     """
@@ -94,7 +92,7 @@ def decode_latents(
 
     plan = _TilePlan.of(latents.shape[2:], tile=tile, scale_in=1, scale_out=vae_downsample)
     unscaled = latents / np.float32(scaling_factor)
-    return (yield from _tiled(decode, unscaled, plan, channels=3, component=component, progress=progress))
+    return (yield from _tiled(decode, unscaled, plan, channels=3, component=component))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -127,9 +125,8 @@ def encode_posterior(
     scaling_factor: float,
     vae_downsample: int,
     tile: tuple[int, int] = (DEFAULT_TILE, DEFAULT_TILE),
-    progress: Progress = silent,
-) -> Posterior:
-    """The latents' distribution of images.
+) -> Work[Posterior]:
+    """The latents' distribution of images; at rest between two tiles.
 
     image: float32 [B, 3, H, W] in [-1, 1].
     Raises RequestError for a size that is no multiple of `vae_downsample`, ParityError when a result is not finite.
@@ -148,7 +145,7 @@ def encode_posterior(
 
     size = (height // vae_downsample, width // vae_downsample)
     plan = _TilePlan.of(size, tile=tile, scale_in=vae_downsample, scale_out=1)
-    parameters = complete(_tiled(encode, image, plan, channels=None, component=VAE_ENCODER, progress=progress))
+    parameters = yield from _tiled(encode, image, plan, channels=None, component=VAE_ENCODER)
     mean, log_variance = np.split(parameters, 2, axis=1)
     deviation = np.exp(np.float32(0.5) * np.clip(log_variance, *LOG_VARIANCE_RANGE))
     return Posterior(mean=mean, deviation=deviation, scaling_factor=scaling_factor)
@@ -210,7 +207,6 @@ def _tiled(
     *,
     channels: int | None,
     component: str,
-    progress: Progress,
 ) -> Work[FloatArray]:
     """Evaluate every tile of every image and blend them."""
     row_weights = blend_weights(plan.rows, plan.scale_out)
@@ -218,7 +214,6 @@ def _tiled(
     rows, columns = zip(plan.rows, row_weights, strict=True), zip(plan.columns, column_weights, strict=True)
     jobs = list(product(range(source.shape[0]), list(rows), list(columns)))
     result: FloatArray = np.empty(0, np.float32)
-    progress(component, 0, len(jobs))
     for done, (image, (row, row_weight), (column, column_weight)) in enumerate(jobs, start=1):
         window = (slice(image, image + 1), slice(None), row.scaled(plan.scale_in), column.scaled(plan.scale_in))
         part = evaluate(np.ascontiguousarray(source[window]))
@@ -229,7 +224,6 @@ def _tiled(
             result = np.zeros((source.shape[0], part.shape[1], *whole), np.float32)
         into = result[image, :, row.scaled(plan.scale_out), column.scaled(plan.scale_out)]
         into += part[0] * (row_weight[:, np.newaxis] * column_weight)
-        progress(component, done, len(jobs))
         if done < len(jobs):
             yield
     return result

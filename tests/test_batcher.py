@@ -370,6 +370,65 @@ def test_others_have_their_steps_between_the_tiles_of_a_large_image(fake):
     assert drawn == serially(fake(), [HUGE, long])
 
 
+@pytest.mark.parametrize(
+    ("request_", "components"),
+    [
+        (replace(HUGE, image=Image.new("RGB", (512, 512), "red"), strength=1.0), ("vae_encoder",)),
+        (
+            Request(
+                prompt="red", seed=1, height=128, width=128, hires_scale=4, hires_upscaler="lanczos", hires_steps=2
+            ),
+            ("vae_decoder", "vae_encoder"),
+        ),
+    ],
+    ids=["encoding", "enlarging"],
+)
+def test_others_have_their_steps_between_the_tiles_that_an_image_begins_with(fake, request_, components):
+    """A source that is encoded, and what a first pass has drawn on its way to the second."""
+    order, submitted = [], threading.Event()
+    long = Request(prompt="red", num_inference_steps=300, seed=2, scheduler="ddim")
+    with Batcher(fake(FakeRunner(before=hold_until(submitted, order)))) as batcher:
+        tickets = [batcher.submit(each) for each in (long, request_)]
+        submitted.set()
+        results = [ticket.result(60) for ticket in tickets]
+    first = order.index("vae_encoder")
+    encoded = [index for index, name in enumerate(order) if name == "vae_encoder"]
+    assert len(encoded) == HUGE_TILES
+    assert all(order[index - 1] == "step" for index in encoded[1:])
+    assert set(components) <= set(order[: first + 1])
+    assert [pixels(result) for result in results] == serially(fake(), [long, request_])
+    timings = results[1].timings
+    assert timings.vae_encoder_seconds + timings.vae_decoder_seconds < timings.total_seconds
+
+
+def test_what_an_image_begins_with_is_timed_without_the_steps_of_others(fake):
+    def before(name, feeds):
+        time.sleep(0.05 if name == "step" else 0)
+
+    image = Image.new("RGB", (512, 512), "red")
+    request = replace(HUGE, image=image, strength=1.0, num_inference_steps=1)
+    with Batcher(fake(FakeRunner(before=before))) as batcher:
+        other = batcher.submit(Request(prompt="red", num_inference_steps=60, seed=2, scheduler="ddim"))
+        timings = batcher.submit(request).result(60).timings
+        other.cancel()
+    assert timings.vae_encoder_seconds < 0.05 * HUGE_TILES / 2 < timings.total_seconds
+
+
+def test_one_whose_source_fails_to_encode_fails_alone(fake):
+    def before(name, feeds):
+        if name == "vae_encoder" and feeds["sample"][0, 0, 0, 0] > 0:
+            raise BackendError("the encoder broke", hint="none")
+
+    bad = replace(HUGE, image=Image.new("RGB", (512, 512), "white"), strength=1.0)
+    good = replace(HUGE, image=Image.new("RGB", (512, 512), "black"), strength=1.0)
+    with Batcher(fake(FakeRunner(before=before))) as batcher:
+        first, second = batcher.submit(bad), batcher.submit(good)
+        with pytest.raises(BackendError, match="broke"):
+            first.result(60)
+        assert pixels(second.result(60)) == serially(fake(), [good])[0]
+        assert batcher.stats().failed == 1
+
+
 def test_small_images_do_not_wait_for_all_tiles_of_a_large_one(fake):
     tiles, submitted = [], threading.Event()
 

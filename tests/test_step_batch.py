@@ -357,16 +357,16 @@ class TestBatcher:
         with Batcher(pipeline, max_batch=4) as batcher:
             good = batcher.submit(request(num_inference_steps=6))
             doomed = batcher.submit(request(seed=5, num_inference_steps=3))
-            original = pipeline.prepare
+            original = pipeline.preparing
 
-            def spoiled(resolved, **options):
-                prepared = original(resolved, **options)
+            def spoiled(resolved):
+                prepared = yield from original(resolved)
                 if resolved.seed == 77:
                     prepared.trajectories[0].state[:] = np.nan
                     held.set()
                 return prepared
 
-            pipeline.prepare = spoiled
+            pipeline.preparing = spoiled
             bad = batcher.submit(request(seed=77))
             with pytest.raises(ParityError):
                 bad.result(60)

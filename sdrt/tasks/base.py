@@ -11,13 +11,14 @@ from sdrt.bundle import JsonValue
 from sdrt.conditions import Start
 from sdrt.noise import Generator
 from sdrt.plan import SamplingPlan
+from sdrt.progress import Work
 from sdrt.runners.base import FloatArray
 from sdrt.vae import Posterior
 
 TaskName = Literal[
     "text-to-image", "image-to-image", "inpainting", "outpainting", "upscaling", "depth-to-image", "editing"
 ]
-Encode = Callable[[FloatArray], Posterior]
+Encode = Callable[[FloatArray], Work[Posterior]]
 EstimateDepth = Callable[[Image.Image], FloatArray]
 Vary = Callable[[FloatArray], FloatArray]
 
@@ -27,7 +28,7 @@ class Drawn:
     """What the pass before has drawn of an image: latents float32 [1, C, h, w], and what makes pixels of them."""
 
     latents: FloatArray
-    decode: Callable[[FloatArray], Image.Image]
+    decode: Callable[[FloatArray], Work[Image.Image]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,9 +58,10 @@ class Preparation:
         """The noise that the latents begin with, of the next numbers: float32 [1, C, h, w]."""
         return self.vary(self.numbers())
 
-    def latents_of(self, sample: FloatArray) -> FloatArray:
+    def latents_of(self, sample: FloatArray) -> Work[FloatArray]:
         """An image's latents, sampled with the next numbers: float32 [1, C, h, w]."""
-        return self.encode(sample).sample(self.numbers())
+        posterior = yield from self.encode(sample)
+        return posterior.sample(self.numbers())
 
     def only_noise(self, noise: FloatArray) -> FloatArray:
         """Latents that hold nothing but noise, at the scale of the plan's first row: float32 [C, h, w]."""
@@ -125,8 +127,8 @@ class Task(Protocol):
         """How many steps of the whole plan are left out at the beginning. RequestError where that leaves none."""
         ...
 
-    def start(self, preparation: Preparation) -> Start:
-        """One image before the plan's first row."""
+    def start(self, preparation: Preparation) -> Work[Start]:
+        """One image before the plan's first row. It may rest, as what it has of `preparation` does."""
         ...
 
     def finish(self, image: Image.Image) -> Image.Image:

@@ -17,6 +17,7 @@ from sdrt.conditions import Start
 from sdrt.depth import check_estimable
 from sdrt.errors import RequestError
 from sdrt.plan import SamplingPlan
+from sdrt.progress import Work
 from sdrt.request import Request
 from sdrt.runners.base import FloatArray
 from sdrt.tasks import pictures
@@ -68,13 +69,13 @@ class DepthToImage(PlainTask):
         """The steps before those that `strength` lets run."""
         return first_step_of(self.strength, num_inference_steps)
 
-    def start(self, preparation: Preparation) -> Start:
+    def start(self, preparation: Preparation) -> Work[Start]:
         """The image's latents with noise, or noise alone; both drawn as in the reference."""
         depth = bicubic(self._depth(preparation), *preparation.shape[1:])
         if self.image is None:
             latents = preparation.only_noise(preparation.noise())
         else:
-            known = preparation.latents_of(pictures.to_sample(self.image))
+            known = yield from preparation.latents_of(pictures.to_sample(self.image))
             latents = preparation.with_noise(known, preparation.noise())
         return Start(
             latents=latents,

@@ -13,6 +13,7 @@ from sdrt.bundle import JsonValue, ModelRecord
 from sdrt.checks import check_finite
 from sdrt.conditions import Start
 from sdrt.errors import RequestError
+from sdrt.progress import Work
 from sdrt.request import Request
 from sdrt.tasks import pictures
 from sdrt.tasks.base import PlainTask, Preparation, TaskName
@@ -38,10 +39,10 @@ class Editing(PlainTask):
         """With the image resized as the reference resizes it, unless it has this size."""
         return replace(self, image=pictures.resize(self.image, height, width))
 
-    def start(self, preparation: Preparation) -> Start:
+    def start(self, preparation: Preparation) -> Work[Start]:
         """Noise, with the image's likeliest latents as conditioning, which are not scaled: so it was trained."""
-        conditioning = preparation.encode(pictures.to_sample(self.image)).mean[0]
-        return Start(latents=preparation.only_noise(preparation.noise()), conditioning=conditioning)
+        posterior = yield from preparation.encode(pictures.to_sample(self.image))
+        return Start(latents=preparation.only_noise(preparation.noise()), conditioning=posterior.mean[0])
 
     def parameters(self) -> Mapping[str, JsonValue]:
         """The scale, and by which pixels the image can be known again."""

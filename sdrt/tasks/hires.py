@@ -12,6 +12,7 @@ from sdrt.checks import check_finite, shown
 from sdrt.conditions import Start
 from sdrt.errors import RequestError
 from sdrt.plan import SamplingPlan
+from sdrt.progress import Work
 from sdrt.request import Request
 from sdrt.runners.base import FloatArray
 from sdrt.tasks.base import Drawn, PlainTask, Preparation, TaskName
@@ -56,14 +57,14 @@ class SecondPass(PlainTask):
         """The steps before those that `strength` lets run."""
         return first_step_of(self.strength, num_inference_steps, name="hires_strength")
 
-    def start(self, preparation: Preparation) -> Start:
+    def start(self, preparation: Preparation) -> Work[Start]:
         """What was drawn, larger, with the generator's next numbers as noise.
 
         They are drawn as the reference's image-to-image draws them: of latents none are needed to encode them.
         """
         if preparation.drawn is None:
             raise ValueError("a second pass begins with what the first has drawn")
-        known = self._enlarged(preparation.drawn, preparation)
+        known = yield from self._enlarged(preparation.drawn, preparation)
         return Start(latents=preparation.with_noise(known, preparation.noise()))
 
     def parameters(self) -> Mapping[str, JsonValue]:
@@ -76,14 +77,14 @@ class SecondPass(PlainTask):
         tall, wide = (round(side * self.scale / multiple_of) * multiple_of for side in (height, width))
         return tall, wide
 
-    def _enlarged(self, drawn: Drawn, preparation: Preparation) -> FloatArray:
+    def _enlarged(self, drawn: Drawn, preparation: Preparation) -> Work[FloatArray]:
         """The latents of what was drawn in this pass's size: float32 [1, C, h, w]."""
         mode, (_, rows, columns) = UPSCALERS[self.upscaler], preparation.shape
         if mode is not None:
             return resample(drawn.latents, rows, columns, mode)
-        image = drawn.decode(drawn.latents)
+        image = yield from drawn.decode(drawn.latents)
         side = image.height // drawn.latents.shape[2]
-        return preparation.latents_of(to_sample(resize(image, rows * side, columns * side)))
+        return (yield from preparation.latents_of(to_sample(resize(image, rows * side, columns * side))))
 
 
 def read_second_pass(request: Request) -> SecondPass | None:

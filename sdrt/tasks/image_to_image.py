@@ -12,6 +12,7 @@ from sdrt.checks import check_finite
 from sdrt.conditions import Start
 from sdrt.errors import RequestError
 from sdrt.plan import SamplingPlan
+from sdrt.progress import Work
 from sdrt.request import Request
 from sdrt.tasks.base import PlainTask, Preparation, TaskName
 from sdrt.tasks.pictures import check_picture, pixels_sha256, resize, to_sample
@@ -48,12 +49,12 @@ class ImageToImage(PlainTask):
         """The steps before those that `strength` lets run."""
         return first_step_of(self.strength, num_inference_steps)
 
-    def start(self, preparation: Preparation) -> Start:
+    def start(self, preparation: Preparation) -> Work[Start]:
         """The image's latents, sampled with the generator's first numbers, with noise of the next ones.
 
         Both draws are the reference's, in its order.
         """
-        known = preparation.latents_of(to_sample(self.image))
+        known = yield from preparation.latents_of(to_sample(self.image))
         return Start(latents=preparation.with_noise(known, preparation.noise()))
 
     def parameters(self) -> Mapping[str, JsonValue]:

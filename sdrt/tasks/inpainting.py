@@ -17,6 +17,7 @@ from sdrt.checks import check_finite, check_flag, check_whole, shown
 from sdrt.conditions import Known, Start
 from sdrt.errors import RequestError
 from sdrt.plan import SamplingPlan
+from sdrt.progress import Work
 from sdrt.request import Request
 from sdrt.runners.base import FloatArray
 from sdrt.tasks import pictures
@@ -81,7 +82,7 @@ class Inpainting(PlainTask):
         """The steps before those that `strength` lets run."""
         return first_step_of(self.strength, num_inference_steps)
 
-    def start(self, preparation: Preparation) -> Start:
+    def start(self, preparation: Preparation) -> Work[Start]:
         """Noise, on the image's latents where some steps are left out; with what is known in one of the two ways.
 
         The generator's numbers are drawn as in the reference: for the image's latents where they are needed, for the
@@ -90,7 +91,7 @@ class Inpainting(PlainTask):
         sample, free = pictures.to_sample(self.image), self.strength == 1
         image_latents = None
         if not (free and self.conditioned):
-            image_latents = preparation.latents_of(sample)
+            image_latents = yield from preparation.latents_of(sample)
         noise = preparation.noise()
         mask = self._in_latents()
         if image_latents is None or free:
@@ -99,7 +100,7 @@ class Inpainting(PlainTask):
             latents = preparation.with_noise(image_latents, noise)
         masked_noise = preparation.numbers()  # the reference draws it for any network
         if self.conditioned:
-            masked = preparation.encode(self._masked(sample)).sample(masked_noise)
+            masked = (yield from preparation.encode(self._masked(sample))).sample(masked_noise)
             return Start(latents=latents, conditioning=np.concatenate([mask, masked[0]]))
         if image_latents is None:
             raise RuntimeError("the image was not encoded")

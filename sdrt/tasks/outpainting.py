@@ -14,6 +14,7 @@ from sdrt.conditions import Start
 from sdrt.errors import RequestError
 from sdrt.image import LARGEST_PIXELS
 from sdrt.plan import SamplingPlan
+from sdrt.progress import Work
 from sdrt.request import Request
 from sdrt.sizes import next_size
 from sdrt.tasks import pictures
@@ -89,7 +90,7 @@ class Outpainting:
         """See `Inpainting`."""
         return self.inside.first_step(num_inference_steps)
 
-    def start(self, preparation: Preparation) -> Start:
+    def start(self, preparation: Preparation) -> Work[Start]:
         """See `Inpainting`."""
         return self.inside.start(preparation)
 

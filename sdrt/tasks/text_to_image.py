@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 
 from sdrt.bundle import JsonValue, ModelRecord
 from sdrt.conditions import Start
+from sdrt.progress import Work, already
 from sdrt.request import Request
 from sdrt.tasks.base import PlainTask, Preparation, TaskName
 
@@ -21,9 +22,9 @@ class TextToImage(PlainTask):
         """Noise is of any size."""
         return self
 
-    def start(self, preparation: Preparation) -> Start:
+    def start(self, preparation: Preparation) -> Work[Start]:
         """Noise at the scale of the plan's first row."""
-        return Start(latents=preparation.only_noise(preparation.noise()))
+        return already(Start(latents=preparation.only_noise(preparation.noise())))
 
     def parameters(self) -> Mapping[str, JsonValue]:
         """Nothing: the seeds are the request's."""

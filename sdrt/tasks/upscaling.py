@@ -17,6 +17,7 @@ from sdrt.checks import check_whole
 from sdrt.conditions import Start
 from sdrt.errors import RequestError
 from sdrt.image import LARGEST_PIXELS
+from sdrt.progress import Work, already
 from sdrt.request import Request
 from sdrt.runners.base import FloatArray
 from sdrt.schedule import NoiseSchedule
@@ -73,7 +74,7 @@ class Upscaling(PlainTask):
             f" {profile.multiple_of // self.factor}, and those below {self._small(*profile.minimum)} as that",
         )
 
-    def start(self, preparation: Preparation) -> Start:
+    def start(self, preparation: Preparation) -> Work[Start]:
         """Noise, with the small image as conditioning, made noisy with the generator's first numbers, as the reference.
 
         Its pixels are the latents' neighbours, one for one; it is padded where there are fewer of them.
@@ -82,7 +83,7 @@ class Upscaling(PlainTask):
         on_image, on_noise = (np.float32(value) for value in self.noise_weights)
         noisy = on_image * sample + on_noise * preparation.generator.randn(sample.shape)
         latents = preparation.only_noise(preparation.noise())
-        return Start(latents=latents, conditioning=noisy[0], class_label=self.noise_level)
+        return already(Start(latents=latents, conditioning=noisy[0], class_label=self.noise_level))
 
     def parameters(self) -> Mapping[str, JsonValue]:
         """The noise level, and by which pixels the image can be known again."""

@@ -52,7 +52,7 @@ def decode(runner: TorchVae, latents: np.ndarray, tile: int = NEVER_TILED) -> np
 
 
 def encode(runner: TorchVae, image: np.ndarray, noise: np.ndarray | None, tile: int = NEVER_TILED) -> np.ndarray:
-    posterior = encode_posterior(runner, image, scaling_factor=SCALING, vae_downsample=8, tile=(tile, tile))
+    posterior = complete(encode_posterior(runner, image, scaling_factor=SCALING, vae_downsample=8, tile=(tile, tile)))
     return posterior.mode() if noise is None else posterior.sample(noise)
 
 
