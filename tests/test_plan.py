@@ -454,6 +454,7 @@ def test_a_network_that_knows_the_image_lands_on_it_whatever_noise_is_drawn(aske
     assume(options["first"] == 0 or not name.startswith(REMEMBER))
     plan = plan_for(name, fields, options)
     assume(name != "pndm" or fields["prediction_type"] == "epsilon")  # it averages velocities of several levels
+    assume(name != "lcm" or plan.timesteps[-1] > 10)  # below, it keeps some of what it sees: 1/400 at timestep 1
     if name in ("ddim", "pndm"):
         # They step down by T // n whatever the grid: they land where the grid does so too, and ends below that.
         gaps, stride = np.diff(np.unique(plan.timesteps)), 1000 // int(options["num_inference_steps"])
