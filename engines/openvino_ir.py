@@ -60,6 +60,7 @@ def divide_weights(folder: Path) -> tuple[str, ...]:
         files.append(whole.with_name(f"model{part.suffix}.divided"))
         offsets = write_weights(files[-1], (content[offset : offset + size] for offset, size in stored))
         begins.append(dict(zip(stored, offsets, strict=True)))
+    del content  # of a file that is replaced below, which Windows refuses while it is mapped
     *starts, _ = joined_offsets([file.stat().st_size for file in files])
     for part, begin, start in zip(parts, begins, starts, strict=True):
         for index in part.weights:

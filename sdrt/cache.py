@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -101,8 +102,10 @@ class Store:
     def share(self, path: Path, sha256: str) -> None:
         """Make the file a hard link to the store's own of the same content, or keep it there for the next one.
 
-        sha256: of its content. Where the file system has no links, nothing is gained and nothing lost.
+        sha256: of its content. Nothing happens where the store cannot hold links to the file.
         """
+        if not self._can_link(path):
+            return
         key = cache_key(stage="content", sha256=sha256)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".sharing.") as name:
             folder = Path(name)
@@ -131,6 +134,16 @@ class Store:
             except (OSError, OutputError) as error:
                 self._warn(error)
         return digest
+
+    def _can_link(self, path: Path) -> bool:
+        probe = self.root / f".{secrets.token_hex(8)}.probe"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            os.link(path, probe)
+            probe.unlink()
+        except OSError:
+            return False
+        return True
 
     def _entry(self, key: str) -> Path:
         return self.root / "entries" / key[:2] / key

@@ -392,3 +392,4 @@ def test_where_there_are_no_links_files_are_left_as_they_are(store, tmp_path, mo
         store.share(path, sha256_of(path))
     assert not first.samefile(second)
     assert [path.read_text() for path in (first, second)] == ["same", "same"]
+    assert list(store.root.rglob("content")) == []  # a copy there would serve nobody

@@ -39,13 +39,11 @@ class MappedFiles:
         self.array = _map(files) if self._mapped else _read(files)
 
     def give_back(self) -> None:
-        """Free the memory of what has been read."""
+        """Free the memory of what has been read. It stays where a process has locked its memory."""
         if self._mapped:
-            address = self.array.ctypes.data
-            advise = ctypes.CDLL(None, use_errno=True).madvise
+            advise = ctypes.CDLL(None).madvise
             advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-            if advise(address, self.array.nbytes, mmap.MADV_DONTNEED) != 0:
-                raise _system_error()
+            advise(self.array.ctypes.data, self.array.nbytes, mmap.MADV_DONTNEED)
 
     @contextlib.contextmanager
     def given_back(self) -> Iterator[None]:
@@ -80,7 +78,8 @@ def _map(files: Sequence[Path]) -> npt.NDArray[np.uint8]:
         with file.open("rb") as opened:
             how = (mmap.PROT_READ, mmap.MAP_PRIVATE | _MAP_FIXED, opened.fileno(), 0)
             if place(array.ctypes.data + offset, size, *how) == _FAILED:
-                raise _system_error(file)
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code), os.fspath(file))
     return array
 
 
@@ -91,8 +90,3 @@ def _read(files: Sequence[Path]) -> npt.NDArray[np.uint8]:
     for content, offset in zip(contents, offsets, strict=True):
         array[offset : offset + content.size] = content
     return array
-
-
-def _system_error(file: Path | None = None) -> OSError:
-    code = ctypes.get_errno()
-    return OSError(code, os.strerror(code), None if file is None else os.fspath(file))

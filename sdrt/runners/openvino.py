@@ -31,8 +31,8 @@ class OpenVinoRunner:
         self._bundle = bundle
         self._core: Any = openvino.Core()
         self._threads = available_cores() if threads is None else threads
-        self._weights: list[MappedFiles] = []  # of all models that were read
         self._requests: dict[tuple[str, bool], Any] = {}  # by component, and whether for its usual shapes alone
+        self._weights: list[MappedFiles] = []  # of all models that were read; after those, which read them
         self._closed = False
         self._usual: dict[str, Shapes | None] = {
             record.name: usual_shapes(bundle, record) for record in bundle.manifest.components
