@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sdrt.engines.weight_files import weight_files, write_weights
+from sdrt.engines.weight_files import ALIGNMENT, weight_files, write_weights
 from sdrt.errors import BuildError
 from sdrt.runners.mapped_files import joined_offsets
 
@@ -16,7 +16,6 @@ WEIGHTS_NAME = "model.bin"
 # The CPU plugin keeps a node that carries this in float32, also when the inference precision is bf16.
 _KEEP_FLOAT32 = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}
 _COMPRESSED = "_compressed"  # what OpenVINO appends to the name of a constant that it stores in float16
-_ALIGNMENT = 64  # bytes
 _NOT_COMPUTED = ("Parameter", "Const", "Result")
 
 
@@ -75,7 +74,7 @@ def _store_whole(layer: ElementTree.Element, value: npt.NDArray[np.float32], wei
     if port is None:
         raise BuildError(f"OpenVINO wrote {layer.get('name')} without its port", hint="report this with the model")
     with weights.open("ab") as file:
-        file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+        file.write(b"\0" * (-file.tell() % ALIGNMENT))
         data.attrib |= {"element_type": "f32", "offset": str(file.tell()), "size": str(value.nbytes)}
         file.write(value.tobytes())
     port.set("precision", "FP32")

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from sdrt.exported import controlnet_weight
 
-_ALIGNMENT = 64  # bytes
+ALIGNMENT = 64  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def write_weights(path: Path, arrays: Iterable[npt.NDArray[np.generic]]) -> list
     offsets = []
     with path.open("wb") as file:
         for array in arrays:
-            file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+            file.write(b"\0" * (-file.tell() % ALIGNMENT))
             offsets.append(file.tell())
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return offsets

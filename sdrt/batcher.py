@@ -315,19 +315,27 @@ class Batcher:
                 self._joining.append(_Joining(ticket=ticket, preparing=preparing, began=time.perf_counter()))
 
     def _begin(self) -> None:
-        """Begin those who have just joined, and do one tile more of the first whose image is a large one."""
-        resting = [item for item in self._joining if item.rested][:1]
-        for item in [*resting, *(item for item in self._joining if not item.rested)]:
+        """Begin those who have just joined, and do one tile more of one whose image is a large one.
+
+        Large ones begin one after the other: each is held in memory, in pixels, until all of it is encoded.
+        """
+        large = next((item for item in self._joining if item.rested), None)
+        for item in list(self._joining):
+            if large not in (None, item) and self._pipeline.begins_in_tiles(item.ticket.request):
+                continue
             try:
+                if self._is_cancelled(item.ticket):
+                    raise _cancelled()
                 prepared = advance(item.preparing)
             except Exception as error:  # whatever stops one request must not stop the others
                 self._leave(item, error)
                 continue
-            item.rested = True
-            if prepared is not None:
-                with self._changed:
-                    self._joining.remove(item)
-                    self._active.append(_Active(ticket=item.ticket, prepared=prepared, began=item.began))
+            if prepared is None:
+                item.rested, large = True, item
+                continue
+            with self._changed:
+                self._joining.remove(item)
+                self._active.append(_Active(ticket=item.ticket, prepared=prepared, began=item.began))
 
     def _step(self) -> None:
         stepping = [item for item in self._active if not item.prepared.finished]

@@ -92,7 +92,11 @@ class Float32Islands:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentRecord:
-    """One engine: its files (the first is the one to open), its border, its parity; islands: of FP16 engines."""
+    """One engine: its files, its border, its parity; islands: of FP16 engines.
+
+    The first file is the one to open. Those of an OpenVINO engine's weights are one after the other to it, in this
+    order, at the `joined_offsets` of `sdrt.runners.mapped_files`.
+    """
 
     name: str
     files: tuple[FileRecord, ...]

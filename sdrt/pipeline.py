@@ -2,13 +2,13 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -37,9 +37,6 @@ from sdrt.tokenizer import Tokenizer
 from sdrt.trajectory import Trajectory, start_trajectory
 from sdrt.vae import Posterior, Spare, check_latents, decode_latents, encode_posterior, largest_tile
 from sdrt.windows import Windows, windows_over
-
-Given = TypeVar("Given")
-Seen = TypeVar("Seen")
 
 _LONGEST_QUOTE = 200  # characters
 _OVERFLOWED = "the VAE overflowed in float16, so it decoded again in float32"
@@ -404,6 +401,11 @@ class Pipeline:
         """The image of one finished trajectory. Raises ParityError when a value is not finite."""
         return complete(self.drawing(prepared, index))
 
+    def begins_in_tiles(self, request: ResolvedRequest) -> bool:
+        """Whether the VAE would encode what the images begin with in tiles, so that `preparing` would rest."""
+        side = self.bundle.manifest.model.vae_downsample
+        return any(length > tile * side for length, tile in zip(request.drawn_size, self._tile, strict=True))
+
     def drawing(self, prepared: Prepared, index: int) -> Work[Image.Image]:
         """`draw` as work that rests between two tiles of a large image."""
         latents = prepared.trajectories[index].latents[None]
@@ -477,7 +479,7 @@ class Pipeline:
 
     def _starting(self, request: ResolvedRequest, guidance: Guidance) -> Work[tuple[Trajectory, ...]]:
         """Every image before the first row, what all of them begin with being looked at once."""
-        engines = _Engines(encode=_encoded_once(self._encoding), estimate_depth=_once(_image_key, self._estimate_depth))
+        engines = _Engines(encode=_encoded_once(self._encoding), estimate_depth=_estimated_once(self._estimate_depth))
         steering = self._steering(request)
         trajectories = []
         for index in range(request.num_images_per_prompt):
@@ -487,7 +489,8 @@ class Pipeline:
     def _entering(self, request: ResolvedRequest, index: int, drawn: Drawn) -> Work[Trajectory]:
         """Image `index` before the first row of a second pass."""
         engines = _Engines(encode=self._encoding, estimate_depth=self._estimate_depth)
-        return self._start(request, index, self._guidance(request), self._steering(request), engines, drawn)
+        guidance, steering = self._guidance(request), self._steering(request)
+        return (yield from self._start(request, index, guidance, steering, engines, drawn))
 
     def _start(
         self,
@@ -607,14 +610,14 @@ def _unused_without_guidance(request: ResolvedRequest) -> list[str]:
     return [f"{scale}, so {' and '.join(names)} did nothing"] if names else []
 
 
-def _once(key_of: Callable[[Given], bytes], look: Callable[[Given], Seen]) -> Callable[[Given], Seen]:
-    """`look` that looks at each image once, however many results begin with it."""
-    known: dict[bytes, Seen] = {}
+def _estimated_once(estimate: EstimateDepth) -> EstimateDepth:
+    """`estimate` that looks at each image once, however many results begin with it."""
+    known: dict[str, FloatArray] = {}
 
-    def remembered(image: Given) -> Seen:
-        key = key_of(image)
+    def remembered(image: Image.Image) -> FloatArray:
+        key = pixels_sha256(image)
         if key not in known:
-            known[key] = look(image)
+            known[key] = estimate(image)
         return known[key]
 
     return remembered
@@ -631,10 +634,6 @@ def _encoded_once(encode: Encode) -> Encode:
         return known[key]
 
     return remembered
-
-
-def _image_key(image: Image.Image) -> bytes:
-    return pixels_sha256(image).encode()
 
 
 def _odd(trajectories: Sequence[Trajectory]) -> tuple[str, ...]:

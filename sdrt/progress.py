@@ -4,7 +4,7 @@ from collections.abc import Generator
 from typing import Protocol, TypeVar
 
 Made = TypeVar("Made")
-# It rests between two of its parts, each a call of an engine, and returns what it made, which is never None.
+# It rests between two of its parts, each one or a few calls of engines, and returns what it made, which is never None.
 Work = Generator[None, None, Made]
 
 

@@ -414,6 +414,52 @@ def test_what_an_image_begins_with_is_timed_without_the_steps_of_others(fake):
     assert timings.vae_encoder_seconds < 0.05 * HUGE_TILES / 2 < timings.total_seconds
 
 
+def test_large_sources_are_encoded_one_after_the_other(fake):
+    colours, submitted = [], threading.Event()
+
+    def before(name, feeds):
+        submitted.wait(10)
+        if name == "vae_encoder":
+            colours.append(float(feeds["sample"][0, 0, 0, 0]))
+
+    requests = [
+        replace(HUGE, image=Image.new("RGB", (512, 512), colour), strength=1.0)
+        for colour in ("white", "black", "white")
+    ]
+    requests.append(Request(prompt="red", seed=3, num_inference_steps=2, image=Image.new("RGB", (64, 64), "#808080")))
+    with Batcher(fake(FakeRunner(before=before))) as batcher:
+        tickets = [batcher.submit(request) for request in requests]
+        submitted.set()
+        drawn = [pixels(ticket.result(60)) for ticket in tickets]
+    assert drawn == serially(fake(), requests)
+    large = [colour for colour in colours if abs(colour) == 1]
+    assert large == [1.0] * HUGE_TILES + [-1.0] * HUGE_TILES + [1.0] * HUGE_TILES
+    assert colours.index(next(colour for colour in colours if abs(colour) < 1)) < HUGE_TILES
+
+
+def test_who_is_cancelled_while_another_begins_is_not_begun(fake):
+    begun, held, gate = [], threading.Event(), threading.Event()
+
+    def before(name, feeds):
+        if name == "text_encoder":
+            begun.append(name)
+            held.set()
+            gate.wait(10)
+
+    with Batcher(fake(FakeRunner(before=before)), max_batch=4) as batcher:
+        first = batcher.submit("red", num_inference_steps=2, guidance_scale=1.0)
+        assert held.wait(10)
+        others = [batcher.submit(f"blue {index}", num_inference_steps=2) for index in range(3)]
+        for ticket in others:
+            ticket.cancel()
+        gate.set()
+        assert first.result(10).images
+        for ticket in others:
+            with pytest.raises(Cancelled):
+                ticket.result(10)
+    assert len(begun) == 1
+
+
 def test_one_whose_source_fails_to_encode_fails_alone(fake):
     def before(name, feeds):
         if name == "vae_encoder" and feeds["sample"][0, 0, 0, 0] > 0:

@@ -1,5 +1,6 @@
 """ControlNets: what steers a request, in which rows, in whatever batch, size and task; and what is refused."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from sdrt.errors import RequestError
 from sdrt.request import Request
+from sdrt.runners.fake import FakeRunner
 from sdrt.step_batch import advance_row, open_batch
 from sdrt.windows import windows_over
 
@@ -191,6 +193,14 @@ class TestTasks:
         large = picture().resize((128, 128), Image.Resampling.LANCZOS)
         np.testing.assert_allclose(second.steering.control[0], in_latents(large, 16, 16), rtol=1e-5)
         np.testing.assert_array_equal(second.steering.scales[:, 0], kept(5, 0.0, 0.6))
+
+    def test_the_time_that_its_picture_takes_in_both_passes_is_counted(self, fake):
+        def before(name, feeds):
+            time.sleep(0.2 if name == "control_embedding" else 0)
+
+        pipeline = fake(FakeRunner(before=before), controlnets=ONE)
+        timings = pipeline.generate(asked(hires_scale=2.0, num_inference_steps=2)).timings
+        assert timings.vae_encoder_seconds > 0.4
 
 
 class TestWindows:

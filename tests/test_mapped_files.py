@@ -1,6 +1,7 @@
 """Mapped files read as one, give their memory back, and are read again where they are needed."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import sdrt
 from sdrt.runners import mapped_files
 from sdrt.runners.mapped_files import GRANULARITY, MappedFiles, joined_offsets
 
-SIZES = [(10,), (GRANULARITY, 1), (100_001, 70_000, 5), (3, 0, 4), (0,)]
+SIZES = [(10,), (GRANULARITY, 1), (100_001, 70_000, 5), (3, 0, 4), (0,), ()]
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="files are read, not mapped, where this is not Linux")
 
 
@@ -108,3 +109,37 @@ def test_an_opened_bundle_keeps_little_of_its_weights_mapped_and_draws_the_same(
         first = pipeline.generate("red", **options).images[0].tobytes()
         assert pipeline.generate("red", **options).images[0].tobytes() == first
     assert str(weights.resolve()) not in Path("/proc/self/maps").read_text()
+
+
+CLOSED_WHILE_IT_RUNS = """
+import sys, threading, time
+import numpy as np
+from sdrt.bundle import Bundle
+from sdrt.errors import BackendError
+from sdrt.runners import open_runner
+
+for delay in (0.0, 0.001, 0.002, 0.005, 0.01, 0.02):
+    runner = open_runner(Bundle.open(sys.argv[1]), threads=1)
+    running = threading.Event()
+
+    def infer():
+        try:
+            while True:
+                running.set()
+                runner.run("text_encoder", {"input_ids": np.ones((2000, 77), np.int64)})
+        except BackendError as error:
+            assert "is closed" in error.message
+
+    thread = threading.Thread(target=infer)
+    thread.start()
+    running.wait()
+    time.sleep(delay)
+    runner.close()
+    thread.join()
+"""
+
+
+def test_a_runner_may_be_closed_while_another_thread_is_in_an_engine(tiny_bundle):
+    command = [sys.executable, "-c", CLOSED_WHILE_IT_RUNS, str(tiny_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-GRANULARITY = 65_536  # bytes: each file begins at a multiple of this, which pages of any system divide
+# Bytes: each file begins at a multiple of this, which pages of any system divide. Engines whose weights lie in several
+# files hold offsets that count with it: another value is another format of bundles.
+GRANULARITY = 65_536
 _MAP_FIXED = 0x10
 _FAILED = ctypes.c_void_p(-1).value
 _SECONDS_BETWEEN_RETURNS = 0.1
@@ -20,10 +22,11 @@ _SECONDS_BETWEEN_RETURNS = 0.1
 
 def joined_offsets(sizes: Sequence[int]) -> tuple[int, ...]:
     """Where files of these sizes begin, in bytes, and where the last one ends."""
-    offsets = [0]
-    for size in sizes[:-1]:
-        offsets.append(-(-(offsets[-1] + size) // GRANULARITY) * GRANULARITY)
-    return (*offsets, offsets[-1] + sizes[-1])
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(-(-end // GRANULARITY) * GRANULARITY)
+        end = offsets[-1] + size
+    return (*offsets, end)
 
 
 class MappedFiles:

@@ -31,8 +31,8 @@ class OpenVinoRunner:
         self._bundle = bundle
         self._core: Any = openvino.Core()
         self._threads = available_cores() if threads is None else threads
-        self._requests: dict[tuple[str, bool], Any] = {}  # by component, and whether for its usual shapes alone
-        self._weights: list[MappedFiles] = []  # of all models that were read; after those, which read them
+        # By component, and whether for its usual shapes alone; each with the weights that it reads.
+        self._requests: dict[tuple[str, bool], tuple[Any, MappedFiles]] = {}
         self._closed = False
         self._usual: dict[str, Shapes | None] = {
             record.name: usual_shapes(bundle, record) for record in bundle.manifest.components
@@ -47,7 +47,8 @@ class OpenVinoRunner:
         record = asked_component(self._bundle, component)
         ready = checked_feeds(record, feeds)
         usual = self._usual[component]
-        request = self._request(record, usual=usual == {name: array.shape for name, array in ready.items()})
+        # The weights are kept here too: the runner may be closed meanwhile.
+        request, _weights = self._request(record, usual=usual == {name: array.shape for name, array in ready.items()})
         try:
             request.infer(ready, share_inputs=True)
             return {
@@ -66,7 +67,6 @@ class OpenVinoRunner:
         """See `Runner.close`."""
         self._closed = True
         self._requests.clear()
-        self._weights.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -76,21 +76,21 @@ class OpenVinoRunner:
     ) -> None:
         self.close()
 
-    def _request(self, component: ComponentRecord, *, usual: bool) -> Any:  # noqa: ANN401  (OpenVINO's classes are untyped)
+    def _request(self, component: ComponentRecord, *, usual: bool) -> tuple[Any, MappedFiles]:
         key = (component.name, usual)
         if key not in self._requests:
             self._requests[key] = self._compile(component, self._usual[component.name] if usual else None)
         return self._requests[key]
 
-    def _compile(self, component: ComponentRecord, shapes: Shapes | None) -> Any:  # noqa: ANN401
+    def _compile(self, component: ComponentRecord, shapes: Shapes | None) -> tuple[Any, MappedFiles]:
         path = self._bundle.file(component.files[0])
         try:
             model, weights = read_ir(self._core, [self._bundle.file(file) for file in component.files])
-            self._weights.append(weights)
             with weights.given_back():  # what is compiled has its own copy of nearly all of them
                 if shapes is not None:
                     model.reshape({name: list(shape) for name, shape in shapes.items()})
-                return self._core.compile_model(model, "CPU", self._settings(component.name)).create_infer_request()
+                compiled = self._core.compile_model(model, "CPU", self._settings(component.name))
+                return compiled.create_infer_request(), weights
         except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise BackendError(
                 f"OpenVINO cannot open {path}: {_last_line(error)}",
