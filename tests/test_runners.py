@@ -449,7 +449,7 @@ def test_onnxruntime_that_falls_back_is_refused_on_opening(copied, monkeypatch):
 
 
 def openvino_property(runner, component, name):
-    return runner._requests[component, False].get_compiled_model().get_property(name)
+    return runner._requests[component, False][0].get_compiled_model().get_property(name)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -460,7 +460,7 @@ def test_openvino_uses_the_threads_that_were_asked_for(tiny_bundle, threads, all
     code = (
         "import sys, sdrt\n"
         "with sdrt.open(sys.argv[1], threads=int(sys.argv[2])) as pipeline:\n"
-        "    compiled = pipeline.runner._requests['step', False].get_compiled_model()\n"
+        "    compiled = pipeline.runner._requests['step', False][0].get_compiled_model()\n"
         "    print(compiled.get_property('INFERENCE_NUM_THREADS'))\n"
     )
     done = subprocess.run(

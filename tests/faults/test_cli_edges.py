@@ -216,7 +216,14 @@ def test_a_terminal_that_closes_during_a_build_leaves_nothing(tiny_checkpoint, t
     work.mkdir()
     environment = {**os.environ, "SDRT_CACHE": str(tmp_path / "cache")}
     command = [SDRT, "build", str(tiny_checkpoint), "--out", str(work / "a.sdrt")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    # A test run that was itself started with nohup hands that on, and the build would go on, as it should then.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     while process.poll() is None and not any(work.iterdir()):
         time.sleep(0.05)
     time.sleep(1)
