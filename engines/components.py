@@ -14,7 +14,6 @@ from sdrt.engines.base import ENGINES_FOLDER, ComponentSource, EngineBuilder
 from sdrt.engines.onnx_files import external_files, lend_file, load_graph
 from sdrt.engines.step_graph import compose_step_graph, composer_key
 from sdrt.errors import BuildError
-from sdrt.files import contained_path
 from sdrt.progress import Progress, silent
 from sdrt.runners.base import STEP
 
@@ -59,7 +58,7 @@ def make_component(
     if not store.fetch(key, folder):
         built = build_component(builder, source, precision, staged, progress)
         for file in built.files[1:]:
-            store.share(contained_path(staged, file.path), file.sha256)
+            store.share(staged / file.path, file.sha256)
         kept = _Kept(files=built.files, inputs=built.inputs, outputs=built.outputs)
         (folder / _RECORD_NAME).write_bytes(msgspec.json.encode(kept))
         store.keep(key, folder)

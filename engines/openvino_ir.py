@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sdrt.engines.weight_files import ALIGNMENT, weight_files, write_weights
+from sdrt.engines.weight_files import append_weight, weight_files, write_weights
 from sdrt.errors import BuildError
 from sdrt.runners.mapped_files import joined_offsets
 
@@ -74,9 +74,8 @@ def _store_whole(layer: ElementTree.Element, value: npt.NDArray[np.float32], wei
     if port is None:
         raise BuildError(f"OpenVINO wrote {layer.get('name')} without its port", hint="report this with the model")
     with weights.open("ab") as file:
-        file.write(b"\0" * (-file.tell() % ALIGNMENT))
-        data.attrib |= {"element_type": "f32", "offset": str(file.tell()), "size": str(value.nbytes)}
-        file.write(value.tobytes())
+        offset = append_weight(file, value)
+    data.attrib |= {"element_type": "f32", "offset": str(offset), "size": str(value.nbytes)}
     port.set("precision", "FP32")
 
 

@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
 from sdrt.exported import controlnet_weight
 
-ALIGNMENT = 64  # bytes
+_ALIGNMENT = 64  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +53,13 @@ def weight_files(names: Sequence[str]) -> tuple[WeightFile, ...]:
 
 def write_weights(path: Path, arrays: Iterable[npt.NDArray[np.generic]]) -> list[int]:
     """Write the arrays one after the other; returns where each begins, in bytes. Raises OSError."""
-    offsets = []
     with path.open("wb") as file:
-        for array in arrays:
-            file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            offsets.append(file.tell())
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return offsets
+        return [append_weight(file, array) for array in arrays]
+
+
+def append_weight(file: IO[bytes], array: npt.NDArray[np.generic]) -> int:
+    """Write an array at the next aligned place; returns where it begins, in bytes. Raises OSError."""
+    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+    offset = file.tell()
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return offset

@@ -298,7 +298,7 @@ class Batcher:
             if self._is_cancelled(item.ticket):
                 self._leave(item, _cancelled())
 
-    def _begun(self) -> "list[_Joining | _Active]":
+    def _begun(self) -> list[_Joining | _Active]:
         return [*self._joining, *self._active]
 
     def _join_waiting(self) -> None:

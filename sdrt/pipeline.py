@@ -277,6 +277,11 @@ class Pipeline:
             following=request.hires,
         )
 
+    def begins_in_tiles(self, request: ResolvedRequest) -> bool:
+        """Whether the VAE would encode what the images begin with in tiles, so that `preparing` would rest."""
+        side = self.bundle.manifest.model.vae_downsample
+        return any(length > tile * side for length, tile in zip(request.drawn_size, self._tile, strict=True))
+
     def follow(self, prepared: Prepared, index: int) -> Followed:
         """Start image `index` of a finished pass in the one that follows; `Prepared.followed_by` takes them all."""
         return complete(self.following(prepared, index))
@@ -400,11 +405,6 @@ class Pipeline:
     def draw(self, prepared: Prepared, index: int) -> Image.Image:
         """The image of one finished trajectory. Raises ParityError when a value is not finite."""
         return complete(self.drawing(prepared, index))
-
-    def begins_in_tiles(self, request: ResolvedRequest) -> bool:
-        """Whether the VAE would encode what the images begin with in tiles, so that `preparing` would rest."""
-        side = self.bundle.manifest.model.vae_downsample
-        return any(length > tile * side for length, tile in zip(request.drawn_size, self._tile, strict=True))
 
     def drawing(self, prepared: Prepared, index: int) -> Work[Image.Image]:
         """`draw` as work that rests between two tiles of a large image."""

@@ -12,13 +12,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sdrt.engines.onnx_files import place_external, weight_array
+from sdrt.engines.weight_files import append_weight
 from sdrt.errors import BuildError
 
 WEIGHTS_SUFFIX = ".data"
 LARGEST = float(np.finfo(np.float16).max)
 SENTINEL = 1e30  # constants beyond this stand for infinity: they mask, and are cut to the largest half
 _EXTERNAL_BYTES = 1024  # smaller weights stay in the graph itself
-_ALIGNMENT = 64
 _HALF_TYPE = "tensor(float16)"
 _FLEXIBLE = ("Cast",)  # takes either type, and gives what its `to` says
 _TYPE_NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
@@ -212,9 +212,7 @@ def _store(weight: TensorProto, source: Path, file: IO[bytes], location: str, *,
     if array.nbytes < _EXTERNAL_BYTES:
         weight.CopyFrom(numpy_helper.from_array(np.asarray(array), weight.name))
         return
-    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-    offset = file.tell()
-    file.write(array.tobytes())
+    offset = append_weight(file, array)
     element_type = TensorProto.FLOAT16 if half else weight.data_type
     weight.CopyFrom(TensorProto(name=weight.name, dims=weight.dims, data_type=element_type))
     place_external(weight, location, offset, array.nbytes)
