@@ -15,7 +15,7 @@ from sdrt._version import VERSION
 if TYPE_CHECKING:
     from sdrt.batcher import Batcher, Ticket
     from sdrt.bundle import Bundle
-    from sdrt.errors import BusyError, Cancelled, RequestError, SdrtError
+    from sdrt.errors import BusyError, Cancelled, ClosedError, RequestError, SdrtError
     from sdrt.pipeline import Pipeline, Result, StepEvent, Timings
     from sdrt.request import Request
 
@@ -26,6 +26,7 @@ __all__ = [
     "Bundle",
     "BusyError",
     "Cancelled",
+    "ClosedError",
     "Pipeline",
     "Request",
     "RequestError",
@@ -44,6 +45,7 @@ _HOMES = {
     "Bundle": "sdrt.bundle",
     "BusyError": "sdrt.errors",
     "Cancelled": "sdrt.errors",
+    "ClosedError": "sdrt.errors",
     "RequestError": "sdrt.errors",
     "SdrtError": "sdrt.errors",
     "Pipeline": "sdrt.pipeline",

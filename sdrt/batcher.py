@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 
 from PIL import Image
 
-from sdrt.errors import BackendError, BusyError, Cancelled, RequestError, SdrtError
+from sdrt.errors import BackendError, BusyError, Cancelled, ClosedError, RequestError, SdrtError
 from sdrt.pipeline import Cost, Followed, Pipeline, Prepared, Result, as_request
 from sdrt.progress import Work, advance
 from sdrt.request import Request
@@ -199,7 +199,8 @@ class Batcher:
     def submit(self, prompt: str | Request, **options: Any) -> Ticket:  # noqa: ANN401  (fields of Request)
         """Queue a request, given as for `Pipeline.generate`.
 
-        Raises RequestError for a bad one and BusyError when the queue is full, at once.
+        Raises at once: RequestError for a bad one; BusyError when the queue is full, so that later may do; ClosedError
+        after `close`, or when the worker is gone, where only another batcher takes it.
         """
         resolved = self._pipeline.resolve(as_request(prompt, options))
         if places_of(resolved) > self.max_batch:
@@ -211,7 +212,7 @@ class Batcher:
             )
         with self._changed:
             if self._closing:
-                raise BusyError("the batcher is closed", hint="make a new one")
+                raise ClosedError("the batcher is closed", hint="make a new one")
             if len(self._waiting) >= self._max_queue:
                 raise BusyError(f"{len(self._waiting)} requests are waiting already", hint="try again later")
             ticket = Ticket(resolved, self._wake)
@@ -235,6 +236,7 @@ class Batcher:
     def close(self, *, drain: bool = True) -> None:
         """Stop. Accepted requests finish first, or with `drain=False` raise Cancelled. The pipeline stays open.
 
+        From then on `submit` raises ClosedError.
         Waits for the worker, except when called by it, that is, from a callback of a ticket's future.
         """
         with self._changed:

@@ -10,6 +10,7 @@ SdrtError
 ├── ParityError       a result is not what the reference says it must be (also: not finite)
 ├── OutputError       a result cannot be written where it was asked for
 ├── BusyError         the queue is full; the request may be sent again later
+├── ClosedError       the batcher is closed for good; sending the request again does not help
 └── Cancelled         the work was stopped on request
 """
 
@@ -68,6 +69,10 @@ class OutputError(SdrtError):
 
 class BusyError(SdrtError):
     """There is no room for another request now."""
+
+
+class ClosedError(SdrtError):
+    """What was asked has ended, and will take no request again."""
 
 
 class Cancelled(SdrtError):  # noqa: N818  (it is no failure)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sdrt.batcher import Batcher, admit, choose_size
-from sdrt.errors import BackendError, BusyError, Cancelled, ParityError, RequestError
+from sdrt.errors import BackendError, BusyError, Cancelled, ClosedError, ParityError, RequestError
 from sdrt.request import Request
 from sdrt.runners.fake import FakeRunner
 
@@ -212,7 +212,7 @@ def test_no_one_waits_for_a_worker_that_is_gone(fake):
         with pytest.raises(BackendError, match="stopped"):
             ticket.result(10)
     batcher.close()
-    with pytest.raises(BusyError):
+    with pytest.raises(ClosedError):
         batcher.submit(Request(prompt="red", seed=0))
 
 
@@ -597,7 +597,7 @@ def test_closing_drains_or_cancels(fake):
     ticket = batcher.submit(Request(prompt="red", seed=0))
     batcher.close()
     assert ticket.result(0).images
-    with pytest.raises(BusyError):
+    with pytest.raises(ClosedError):
         batcher.submit(Request(prompt="red", seed=0))
     impatient = Batcher(fake(FakeRunner(before=lambda name, feeds: time.sleep(0.002))))
     ticket = impatient.submit(Request(prompt="red", scheduler="ddim", num_inference_steps=990, seed=0))
