@@ -1,9 +1,10 @@
 """Every command and code block of the documents runs, and every figure's file exists.
 
 Blocks fenced as ```python run as they stand; blocks fenced as ```sh run line by line. A line that starts
-with `make` or `pip install` is checked against the Makefile or the package's extras instead of run, because
-this very test is part of `make test`. `shapes` is built once, and the documents' file names are real there. What takes
-minutes is run by `make oracle`: the gallery's page, benchmarks, and the lines about bundles of a kind of their own.
+with `make`, `pip install` or `.` (activate) is checked against the Makefile or the package's extras instead of run,
+because this very test is part of `make test`. `shapes` is built once, and the documents' file names are real there.
+What takes minutes is run by `make oracle`: the gallery's page, benchmarks, and the lines about bundles of a kind of
+their own.
 """
 
 import re
@@ -105,6 +106,9 @@ def run_lines(lines: list[tuple[str, str]], desk: Path, **gpu_variables: str) ->
         elif line.startswith("pip install "):
             check_install(name, line)
             continue
+        elif line.startswith(". "):
+            check_activation(name, line)
+            continue
         else:
             assert line.startswith("sdrt "), f"{name}: this test does not know how to run {line!r}"
             again = " --force" if line.startswith("sdrt build shapes --out") else ""  # the desk has it already
@@ -122,6 +126,12 @@ def check_install(name: str, line: str) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for wanted in re.findall(r"\[([\w,]+)\]", line):
         assert set(wanted.split(",")) <= set(extras), f"{name}: {line}"
+
+
+def check_activation(name: str, line: str) -> None:
+    venv = re.search(r"^VENV := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert venv is not None
+    assert line == f". {venv[1]}/bin/activate", f"{name}: make setup does not make what {line!r} activates"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
