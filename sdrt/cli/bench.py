@@ -131,7 +131,7 @@ def bench(
     }
     arguments = [] if bundle is None else [str(bundle)]
     arguments += _flags(options) + (["--force"] if force else [])
-    with progress_bar() as progress:
+    with progress_bar(phases=True) as progress:
         result = run_stage(BENCHMARKS, arguments, progress)
     emit(result, [*str(result["table"]).splitlines(), "", *facts([("report", str(result["report"]))])], as_json=as_json)
     if not result["valid"]:

@@ -104,7 +104,7 @@ def build(
     flags += [part for each in target or () for part in ("--target", each)]
     if refit:
         _check_refit(backend)
-    with progress_bar() as progress:
+    with progress_bar(phases=True) as progress:
         bundle, peak_bytes = build_bundle(
             model,
             out,

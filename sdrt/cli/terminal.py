@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,10 +83,13 @@ def seconds_text(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A progress bar on stderr while the block runs; nothing where stderr is no terminal."""
+def progress_bar(*, phases: bool = False) -> Iterator[Progress]:
+    """A progress bar on stderr while the block runs; where stderr is no terminal, nothing, or with `phases` lines.
+
+    phases: for commands that take minutes: a line when a stage begins, with the seconds since the block did.
+    """
     if not sys.stderr.isatty():
-        yield silent
+        yield _phase_lines() if phases else silent
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
@@ -101,6 +105,21 @@ def progress_bar() -> Iterator[Progress]:
 
 
 @contextlib.contextmanager
+def _phase_lines() -> Progress:
+    began, current = time.monotonic(), ""
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal current
+        if stage == current or done >= total:
+            return
+        current = stage
+        # Whoever reads the lines may leave; the work goes on without them.
+        with contextlib.suppress(OSError):
+            print(f"{time.monotonic() - began:5.0f} s  {one_line(stage)}", file=sys.stderr, flush=True)
+
+    return report
+
+
 def warnings_as_lines() -> Iterator[None]:
     """Print each UserWarning as one line, `warning: …`, and no other warning."""
 
