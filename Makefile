@@ -20,15 +20,21 @@ setup: $(STAMP)  ## make .venv with the pinned dependencies
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH"; echo "hint: install Python 3.11, or name another interpreter: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "setup: installing the pinned packages in $(VENV), about 3 minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setup, 1 of 2: PyTorch"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	@echo "setup, 2 of 2: sdrt with everything else that it is built, checked and measured with"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: $(STAMP)  ## build the embedded model, draw with it, compare with PyTorch: pictures and report in demo/
 	mkdir -p demo
+	@echo "demo, 1 of 3: building the embedded model, about 2 minutes on two cores"
 	$(BIN)/sdrt build shapes --out demo/shapes.sdrt --precision fp32 --threads $(THREADS) --force
+	@echo "demo, 2 of 3: drawing eight captions"
 	$(BIN)/sdrt demo --bundle demo/shapes.sdrt --out demo --force
+	@echo "demo, 3 of 3: comparing with PyTorch, about a minute; the pictures are in demo/ already"
 	$(BIN)/sdrt bench demo/shapes.sdrt --baseline shapes --suite shapes --out demo/report --threads $(THREADS) --force
 
 test: check  ## everything that CI runs: check, then the tests

@@ -138,3 +138,12 @@ def check_activation(name: str, line: str) -> None:
 def test_links_lead_to_files(document):
     for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
         assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_makefile_says_what_takes_long_before_it_begins():
+    # --always-make: as in a fresh clone. --dry-run: nothing is run.
+    made = run_in(ROOT, ["make", "--dry-run", "--always-make", "demo"])
+    lines = made.stdout.splitlines()
+    slow = [number for number, line in enumerate(lines) if "pip install" in line or "/bin/sdrt " in line]
+    assert len(slow) == 5
+    assert [lines[number - 1].split()[0] for number in slow] == ["echo"] * 5
