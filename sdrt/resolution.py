@@ -20,7 +20,7 @@ from sdrt.plan import SCHEDULERS, SamplingPlan, build_plan, count_steps
 from sdrt.plan.catalog import find_scheduler
 from sdrt.plan.clamping import Thresholding, read_thresholding
 from sdrt.request import Request
-from sdrt.sizes import describe_sizes, fits_windows, nearest_size, next_size, shrunk_size
+from sdrt.sizes import describe_sizes, fits_windows, nearest_size, next_size, shaped_size, shrunk_size
 from sdrt.tasks import read_task
 from sdrt.tasks.base import Task
 from sdrt.tasks.editing import Editing
@@ -262,9 +262,8 @@ def _resolve_size(
 ) -> tuple[int, int, tuple[int, int], bool]:
     """Height and width, as asked for, else what task or controls bring, else the model's; `drawn_size`; `windowed`."""
     model, profile = manifest.model, manifest.profile
-    default = size_of_controls(controls, profile) if task.size is None else task.size
-    if default is None:
-        default = nearest_size(profile, model.default_height, model.default_width)
+    brought = size_of_controls(controls, profile) if task.size is None else task.size
+    default = nearest_size(profile, model.default_height, model.default_width) if brought is None else brought
     height = default[0] if request.height is None else check_whole("height", request.height, 1, 10**6)
     width = default[1] if request.width is None else check_whole("width", request.width, 1, 10**6)
     if isinstance(task, Outpainting):
@@ -279,11 +278,14 @@ def _resolve_size(
     if windowed and fits_windows(profile, *drawn_size):
         check_control_size(controls, *drawn_size, profile)
         return height, width, drawn_size, True
-    raise _refused_size(profile, task, height, width, windowed=windowed)
+    of_picture = (height, width) == brought and not isinstance(task, Outpainting)
+    raise _refused_size(profile, task, height, width, windowed=windowed, of_picture=of_picture)
 
 
-def _refused_size(profile: ShapeProfile, task: Task, height: int, width: int, *, windowed: bool) -> RequestError:
-    """The error of a size that is not made, with what could be asked for instead."""
+def _refused_size(
+    profile: ShapeProfile, task: Task, height: int, width: int, *, windowed: bool, of_picture: bool
+) -> RequestError:
+    """The error of a size that is not made, with what could be asked for instead. of_picture: it is a picture's own."""
     too_large = height * width > LARGEST_PIXELS
     if windowed and too_large:
         rows, columns = shrunk_size(profile, height, width)
@@ -291,13 +293,15 @@ def _refused_size(profile: ShapeProfile, task: Task, height: int, width: int, *,
         return RequestError(f"{width}x{height} is more than {LARGEST_PIXELS} pixels, even in windows", hint=less)
     hint = task.fitting_margins(profile, height, width) if isinstance(task, Outpainting) else None
     if hint is None:
-        near = (next_size(profile, height, width) if windowed else None) or nearest_size(profile, height, width)
+        closest = shaped_size if of_picture else nearest_size
+        near = (next_size(profile, height, width) if windowed else None) or closest(profile, height, width)
         larger = windowed or too_large or fits_windows(profile, height, width)
-        more = f", larger ones with windowed, up to {LARGEST_PIXELS} pixels" if larger else ""
-        hint = f"it makes {describe_sizes(profile)}{more}; the nearest is {near[1]}x{near[0]}"
-    reason = ""
+        more = f", larger ones with windowed=True, up to {LARGEST_PIXELS} pixels" if larger else ""
+        instead = "give height and width to scale the picture, such as" if of_picture else "the nearest is"
+        hint = f"it makes {describe_sizes(profile)}{more}; {instead} {near[1]}x{near[0]}"
+    reason = ", the size of the picture" if of_picture else ""
     if height % profile.multiple_of or width % profile.multiple_of:
-        reason = f": both sides must be multiples of {profile.multiple_of}"
+        reason += f": both sides must be multiples of {profile.multiple_of}"
     return RequestError(f"this bundle does not make images of {width}x{height}{reason}", hint=hint)
 
 
@@ -403,7 +407,7 @@ def _resolve_seeds(seed: object, images: int | None) -> tuple[int, ...]:
         if count is not None and count != len(seed):
             raise RequestError(
                 f"num_images_per_prompt is {count}, but there are {len(seed)} seeds",
-                hint="leave num_images_per_prompt out: there is an image for each seed",
+                hint=f"give {count} seeds, or one from which they are counted up, or leave num_images_per_prompt out",
             )
         return tuple(check_whole("seed", each, 0, 2**64 - 1) for each in seed)
     count = 1 if count is None else count

@@ -1,5 +1,7 @@
 """Which image sizes a bundle makes and its VAE takes, in words and as the nearest to one that it does not make."""
 
+import math
+
 from sdrt.bundle import ShapeProfile
 from sdrt.errors import RequestError
 from sdrt.image import LARGEST_PIXELS
@@ -23,6 +25,17 @@ def nearest_size(profile: ShapeProfile, height: int, width: int) -> tuple[int, i
         for side, low, high in zip((height, width), profile.minimum, profile.maximum, strict=True)
     )
     return rows, columns
+
+
+def shaped_size(profile: ShapeProfile, height: int, width: int) -> tuple[int, int]:
+    """The accepted (height, width) for a picture of this size to be scaled to: of those most like its shape."""
+    if profile.sizes:
+        shape = math.log(height / width)
+        return min(profile.sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - shape), abs(size[0] - height)))
+    sides = tuple(zip((height, width), profile.minimum, profile.maximum, strict=True))
+    factor = min(1.0, *(high / side for side, _, high in sides))
+    factor = max(factor, *(low / side for side, low, _ in sides))
+    return nearest_size(profile, round(height * factor), round(width * factor))
 
 
 def next_size(profile: ShapeProfile, height: int, width: int) -> tuple[int, int] | None:

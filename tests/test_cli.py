@@ -137,12 +137,24 @@ def test_another_image_to_begin_with_is_told(picture, tiny_bundle, tmp_path, cap
     assert "not the picture of the time before" in capsys.readouterr().err
 
 
+def test_pictures_of_the_time_before_are_asked_for_all_at_once(tiny_bundle, tmp_path, capsys):
+    from sdrt.image import save_png
+
+    first = tmp_path / "first.png"
+    hashes = {"image_sha256": "a", "mask_image_sha256": "b"}
+    save_png(Image.new("RGB", (64, 64)), first, {"prompt": "x", **hashes})
+    assert sdrt("run", tiny_bundle, "--from-image", first, "--out", tmp_path / "again.png") == 2
+    error = capsys.readouterr().err
+    assert "the image was made with 2 pictures that it does not hold" in error
+    assert "name them with --image and --mask\n" in error
+
+
 def test_every_field_of_a_request_is_remembered_but_its_pictures():
-    from sdrt.cli.pictures import PICTURE_OPTIONS
+    from sdrt.cli.pictures import PICTURES
     from sdrt.cli.run import REQUEST_FIELDS
     from sdrt.request import Request
 
-    assert {*REQUEST_FIELDS, *PICTURE_OPTIONS} == set(Request.__dataclass_fields__)
+    assert {*REQUEST_FIELDS, *PICTURES} == set(Request.__dataclass_fields__)
 
 
 def test_another_margin_makes_another_canvas(picture, tiny_bundle, tmp_path, capsys):
@@ -167,7 +179,7 @@ def test_a_size_beside_margins_is_refused_with_margins_that_make_it(picture, tin
     options = ("--image", picture, "--outpaint", "right=12", "--size", "80x64", "--out", tmp_path / "a.png")
     assert sdrt("run", tiny_bundle, "x", *options) == 2
     error = capsys.readouterr().err
-    assert "outpaint makes 76x64, but height and width say 80x64" in error
+    assert "--outpaint makes 76x64, not the 80x64 of --size" in error
     assert "right=16 makes 80x64" in error
 
 

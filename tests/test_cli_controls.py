@@ -85,17 +85,17 @@ def test_a_controlnet_can_be_left_out_and_diffusers_names_are_aliases(controls, 
 
 
 REFUSED = {
-    "one picture for two": (("--control-image", "0"), "control_image lists 1, but this bundle has 2: rgb, bgr"),
+    "one picture for two": (("--control-image", "0"), "--control-image lists 1, but this bundle has 2: rgb, bgr"),
     "three scales": (
         ("--control-image", "0", "--control-image", "1", *3 * ("--control-scale", 1)),
-        "controlnet_conditioning_scale lists 3, but this bundle has 2",
+        "--control-scale lists 3, but this bundle has 2",
     ),
     "a picture that is not there": (("--control-image", "/nowhere.png", "--control-image", "0"), "/nowhere.png"),
-    "none at all": (("--control-image", "none", "--control-image", "none"), "control_image names no image"),
-    "a scale alone": (("--control-scale", 0.5), "there is no control_image"),
+    "none at all": (("--control-image", "none", "--control-image", "none"), "--control-image names no image"),
+    "a scale alone": (("--control-scale", 0.5), "there is no --control-image"),
     "an end before the start": (
         ("--control-image", "0", "--control-image", "1", "--control-start", 0.7, "--control-end", 0.2),
-        "control_guidance_start is 0.7 and control_guidance_end 0.2",
+        "--control-start is 0.7 and --control-end 0.2",
     ),
     "a scale that is no number": (("--control-scale", "much"), "--control-scale"),
 }

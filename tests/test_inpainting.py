@@ -270,10 +270,20 @@ class TestOutpainting:
         ("outpaint", "size", "says", "hint"),
         [
             ({"right": 60}, None, "does not make images of 188x128", "right=64 makes 192x128"),
-            ({"right": 60}, (192, 128), "outpaint makes 188x128, but height and width say 192x128", "right=64 makes"),
-            ({"right": 64}, (256, 128), "outpaint makes 192x128, but height and width say 256x128", "right=128 makes"),
-            ({"right": 64}, (64, 64), "outpaint makes 192x128, but height and width say 64x64", "right=64 makes"),
-            ({"right": 64}, (None, 144), "outpaint makes 192x128, but height and width say 192x144", "bottom=16"),
+            (
+                {"right": 60},
+                (192, 128),
+                "outpaint makes 188x128, not the 192x128 of height and width",
+                "right=64 makes",
+            ),
+            (
+                {"right": 64},
+                (256, 128),
+                "outpaint makes 192x128, not the 256x128 of height and width",
+                "right=128 makes",
+            ),
+            ({"right": 64}, (64, 64), "outpaint makes 192x128, not the 64x64 of height and width", "right=64 makes"),
+            ({"right": 64}, (None, 144), "outpaint makes 192x128, not the 192x144 of height and width", "bottom=16"),
             ({"left": 33, "right": 30}, None, "191x128", "left=34,right=30 makes 192x128"),
             ({"top": 5, "bottom": 5}, None, "128x138", "top=5,bottom=11 makes 128x144"),
         ],
@@ -353,7 +363,7 @@ class TestWindows:
         big = Request(prompt="red", height=256, width=128, num_inference_steps=2)
         with pytest.raises(RequestError) as raised:
             fake().resolve(big)
-        assert "larger ones with windowed, up to 16777216 pixels" in raised.value.hint
+        assert "larger ones with windowed=True, up to 16777216 pixels" in raised.value.hint
         result = fake().generate(Request(prompt="red", height=256, width=128, num_inference_steps=2, windowed=True))
         assert result.images[0].size == (128, 256)
         assert result.parameters(0)["windowed"] is True
@@ -362,7 +372,7 @@ class TestWindows:
         ("size", "windowed", "says", "hint"),
         [
             ((6000, 4000), True, "6000x4000 is more than 16777216 pixels, even in windows", "such as 4992x3328"),
-            ((6000, 4000), False, "does not make images of 6000x4000", "with windowed, up to 16777216 pixels"),
+            ((6000, 4000), False, "does not make images of 6000x4000", "with windowed=True, up to 16777216 pixels"),
             ((250, 120), True, "both sides must be multiples of 16", "up to 16777216 pixels; the nearest is 256x128"),
             ((16, 256), True, "does not make images of 16x256", "the nearest is 32x256"),
         ],

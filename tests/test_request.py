@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sdrt.errors import RequestError
 from sdrt.plan import build_plan
@@ -130,6 +131,26 @@ def test_a_size_outside_the_profile_names_the_nearest_one(manifest):
     with pytest.raises(RequestError) as caught:
         resolve(manifest, height=512, width=60)
     assert "64x128" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("sizes", "picture", "scaled"),
+    [
+        ((), (512, 384), "128x96"),
+        ((), (20, 30), "32x48"),
+        ((), (200, 30), "128x32"),
+        (((128, 128), (96, 128), (128, 96)), (512, 384), "128x96"),
+    ],
+)
+def test_a_picture_whose_size_is_not_made_is_to_be_scaled_in_its_shape(fake, sizes, picture, scaled):
+    shown, bundles = Image.new("RGB", picture), {"sizes": sizes}
+    for fields, manifest in (
+        ({"image": shown}, fake(**bundles).bundle.manifest),
+        ({"control_image": shown}, fake(controlnets=("edges",), **bundles).bundle.manifest),
+    ):
+        with pytest.raises(RequestError, match="the size of the picture") as caught:
+            resolve(manifest, **fields)
+        assert caught.value.hint.endswith(f"give height and width to scale the picture, such as {scaled}")
 
 
 def test_a_list_of_sizes_accepts_those_and_no_others(fake):

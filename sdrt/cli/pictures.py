@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdrt.cli.terminal import print_warning
+from sdrt.cli.wording import field_options
 from sdrt.errors import RequestError
 
 if TYPE_CHECKING:
@@ -16,12 +17,7 @@ if TYPE_CHECKING:
     Picture = Image | FloatArray | Sequence[Control]
 
 # Fields that are pictures: options name their files, and an image remembers their hashes alone.
-PICTURE_OPTIONS = {
-    "image": "--image",
-    "mask_image": "--mask",
-    "depth_map": "--depth",
-    "control_image": "--control-image",
-}
+PICTURES = ("image", "mask_image", "depth_map", "control_image")
 NO_CONTROL = "none"  # instead of a file: a ControlNet that is to have no say
 
 
@@ -40,17 +36,19 @@ def open_pictures(fields: Mapping[str, Any]) -> "dict[str, Picture]":
 
 def check_same_picture(remembered: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
     """An image that was made of others needs them to be drawn again: it does not hold them. Raises RequestError."""
-    for field, option in PICTURE_OPTIONS.items():
-        wanted = remembered.get(f"{field}_sha256")
-        if wanted is None:
-            continue
-        if field not in fields:
-            several = " for each ControlNet" if field == "control_image" else ""
-            raise RequestError(
-                f"the image was made with a {field} that it does not hold", hint=f"name it with {option}{several}"
-            )
-        if _sha256(fields[field]) != wanted:
-            print_warning(f"{option} is not the picture of the time before, so the result will differ")
+    wanted = {field: remembered[key] for field in PICTURES if remembered.get(key := f"{field}_sha256") is not None}
+    options = field_options()
+    absent = [options[field] for field in wanted if field not in fields]
+    if absent:
+        made, them = ("a picture", "it") if len(absent) == 1 else (f"{len(absent)} pictures", "them")
+        several = " for each ControlNet" if absent[-1] == options["control_image"] else ""
+        raise RequestError(
+            f"the image was made with {made} that it does not hold",
+            hint=f"name {them} with {' and '.join(absent)}{several}",
+        )
+    for field, hashed in wanted.items():
+        if _sha256(fields[field]) != hashed:
+            print_warning(f"{options[field]} is not the picture of the time before, so the result will differ")
 
 
 def _open_controls(names: Sequence[str]) -> "Sequence[Control]":

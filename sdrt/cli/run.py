@@ -129,7 +129,7 @@ def run(
     negative_prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to keep away from.", show_default=False)
     ] = None,
-    steps: Annotated[
+    num_inference_steps: Annotated[
         int | None,
         typer.Option(
             "--steps", "--num-inference-steps", metavar="N", help="Denoising steps. Default: 50.", show_default=False
@@ -153,10 +153,10 @@ def run(
         float | None,
         typer.Option(metavar="SHARE", help="And up to this one: 0.6 saves time. Default: 1.", show_default=False),
     ] = None,
-    composed: Composed = None,
+    composed_prompts: Composed = None,
     image: FromPicture = None,
     strength: Strength = None,
-    mask: MaskFile = None,
+    mask_image: MaskFile = None,
     mask_mode: MaskMode = None,
     mask_blur: MaskBlur = None,
     padding_mask_crop: PaddingMaskCrop = None,
@@ -169,13 +169,13 @@ def run(
     hires_steps: HiresSteps = None,
     windowed: Windowed = None,
     vae: Vae = None,
-    depth: DepthFile = None,
+    depth_map: DepthFile = None,
     noise_level: NoiseLevel = None,
     image_guidance_scale: ImageGuidanceScale = None,
     control_image: ControlImages = None,
-    control_scale: ControlScale = None,
-    control_start: ControlStart = None,
-    control_end: ControlEnd = None,
+    controlnet_conditioning_scale: ControlScale = None,
+    control_guidance_start: ControlStart = None,
+    control_guidance_end: ControlEnd = None,
     guidance_rescale: Annotated[
         float | None,
         typer.Option(
@@ -240,11 +240,16 @@ def run(
         ),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="In pixels. Default: the model's own.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="WxH",
+            help="In pixels; an --image is scaled to it. Default: the picture's, or else the model's own.",
+            show_default=False,
+        ),
     ] = None,
     width: Annotated[int | None, typer.Option(metavar="W", help="Instead of --size.", show_default=False)] = None,
     height: Annotated[int | None, typer.Option(metavar="H", help="Instead of --size.", show_default=False)] = None,
-    images: Annotated[
+    num_images_per_prompt: Annotated[
         int | None,
         typer.Option(
             "--num-images",
@@ -276,14 +281,14 @@ def run(
         "negative_prompt": negative_prompt,
         "height": tall,
         "width": wide,
-        "num_inference_steps": steps,
+        "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "guidance_start": guidance_start,
         "guidance_end": guidance_end,
         "guidance_rescale": guidance_rescale,
         "scheduler": scheduler,
         "eta": eta,
-        "composed_prompts": None if composed is None else [_weighted(each) for each in composed],
+        "composed_prompts": None if composed_prompts is None else [_weighted(each) for each in composed_prompts],
         "timesteps": _numbers("--timesteps", timesteps, float),
         "sigmas": _numbers("--sigmas", sigmas, float),
         "seed": _seed(seed),
@@ -291,7 +296,7 @@ def run(
         "variation_strength": variation_strength,
         "image": image,
         "strength": strength,
-        "mask_image": mask,
+        "mask_image": mask_image,
         "mask_mode": mask_mode,
         "mask_blur": mask_blur,
         "padding_mask_crop": padding_mask_crop,
@@ -304,20 +309,20 @@ def run(
         "hires_steps": hires_steps,
         "windowed": windowed,
         "vae": vae,
-        "depth_map": depth,
+        "depth_map": depth_map,
         "noise_level": noise_level,
         "image_guidance_scale": image_guidance_scale,
         "control_image": control_image or None,
-        "controlnet_conditioning_scale": _for_controlnets(control_scale),
-        "control_guidance_start": _for_controlnets(control_start),
-        "control_guidance_end": _for_controlnets(control_end),
+        "controlnet_conditioning_scale": _for_controlnets(controlnet_conditioning_scale),
+        "control_guidance_start": _for_controlnets(control_guidance_start),
+        "control_guidance_end": _for_controlnets(control_guidance_end),
         "generator": generator,
-        "num_images_per_prompt": images,
+        "num_images_per_prompt": num_images_per_prompt,
     }
     options = {name: value for name, value in given.items() if value is not None}
     remembered = {} if from_image is None else _remembered(from_image)
-    request, images, sealed = _request(bundle, remembered, options)
-    paths = numbered(out, images)
+    request, count, sealed = _request(bundle, remembered, options)
+    paths = numbered(out, count)
     sheet = beside(out, "grid") if grid else None
     check_outputs([*paths, *([] if sheet is None else [sheet])], ".png", force=force)
     with progress_bar() as progress:

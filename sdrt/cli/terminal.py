@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from sdrt.errors import SdrtError
+from sdrt.cli.wording import in_options
+from sdrt.errors import RequestError, SdrtError
 from sdrt.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -104,7 +105,6 @@ def progress_bar(*, phases: bool = False) -> Iterator[Progress]:
         yield report
 
 
-@contextlib.contextmanager
 def _phase_lines() -> Progress:
     began, current = time.monotonic(), ""
 
@@ -120,6 +120,7 @@ def _phase_lines() -> Progress:
     return report
 
 
+@contextlib.contextmanager
 def warnings_as_lines() -> Iterator[None]:
     """Print each UserWarning as one line, `warning: …`, and no other warning."""
 
@@ -141,18 +142,24 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 def print_warning(message: str) -> None:
-    """One line on stderr."""
-    _say("warning", "bold yellow", message)
+    """One line on stderr, with options instead of fields."""
+    _say("warning", "bold yellow", in_options(message))
 
 
 def print_error(error: SdrtError, *, as_json: bool) -> int:
-    """Two lines on stderr, with --json also an object on stdout; returns the exit code."""
+    """Two lines on stderr, with --json also an object on stdout; returns the exit code.
+
+    What is wrong with a request is said of the options that make it.
+    """
     if debugging():
         traceback.print_exception(error, file=sys.stderr)
-    _say("error", "bold red", error.message)
-    _say("hint", "bold", error.hint)
+    message, hint = error.message, error.hint
+    if isinstance(error, RequestError):
+        message, hint = in_options(message), in_options(hint)
+    _say("error", "bold red", message)
+    _say("hint", "bold", hint)
     if as_json:
-        report = {"kind": type(error).__name__, "message": one_line(error.message), "hint": one_line(error.hint)}
+        report = {"kind": type(error).__name__, "message": one_line(message), "hint": one_line(hint)}
         # Where stdout itself is what failed, the two lines have to do.
         with contextlib.suppress(OSError):
             print(json.dumps({"error": report}), flush=True)

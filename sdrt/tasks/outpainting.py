@@ -60,7 +60,7 @@ class Outpainting:
         if fitting is None:
             fitting = self.fitting_margins(profile, canvas.height, canvas.width)
         raise RequestError(
-            f"outpaint makes {canvas.width}x{canvas.height}, but height and width say {width}x{height}",
+            f"outpaint makes {canvas.width}x{canvas.height}, not the {width}x{height} of height and width",
             hint="leave height and width out" + ("" if fitting is None else f"; {fitting}"),
         )
 
