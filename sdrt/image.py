@@ -4,6 +4,7 @@ import io
 import json
 import math
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -139,7 +140,8 @@ def as_mask(image: Image.Image) -> Image.Image:
 
 
 def as_depth(image: Image.Image) -> npt.NDArray[np.float32]:
-    """A grey image's samples as they are, 8 or 16 bits, upright: float32 [H, W]; of a coloured one, its brightness.
+    """A grey image's samples as they are, 8 or 16 bits, upright: float32 [H, W]; of a coloured one, its brightness,
+    with a warning.
 
     RequestError as `as_rgb` does.
     """
@@ -149,7 +151,7 @@ def as_depth(image: Image.Image) -> npt.NDArray[np.float32]:
 def open_depth(path: Path) -> npt.NDArray[np.float32]:
     """Read a depth map: a .npy file of numbers, or a grey PNG of 8 or 16 bits; float32 as they are.
 
-    Raises RequestError for another format, damage, and what is too large.
+    A coloured one is read as `as_depth` does. Raises RequestError for another format, damage, and what is too large.
     """
     if path.suffix.lower() == ".npy":
         return open_values(path, "depth map", dimensions=2)
@@ -185,7 +187,9 @@ def load_npy(path: Path, what: str, *, hint: str) -> object:
     try:
         loaded: object = np.load(path, mmap_mode="r", allow_pickle=False)
     except (*DAMAGE, zipfile.BadZipFile) as error:
-        raise RequestError(f"{path} holds no {what}: {error}", hint=hint) from error
+        # What is no .npy file numpy takes for a pickle, and would have its caller allow that.
+        reason = "it is no .npy file of numbers" if "pickle" in str(error) else error
+        raise RequestError(f"{path} holds no {what}: {reason}", hint=hint) from error
     return loaded
 
 
@@ -332,8 +336,13 @@ def _to_grey(image: Image.Image) -> Image.Image:
 
 
 def _to_samples(image: Image.Image) -> Image.Image:
-    """Deep greys as they are, anything else as `_to_grey`."""
-    return image if image.mode.startswith(("I", "F")) else _to_grey(image)
+    """Deep greys as they are, anything else as `_to_grey`, which warns of colours."""
+    if image.mode.startswith(("I", "F")):
+        return image
+    pixels = np.asarray(image.convert("RGB"))
+    if (pixels != pixels[..., :1]).any():
+        warnings.warn("the depth map has colours, not depth in greys: how bright they are counts as near", stacklevel=2)
+    return _to_grey(image)
 
 
 def _on_backdrop(image: Image.Image, colour: str) -> Image.Image:

@@ -171,6 +171,20 @@ class TestDepth:
         np.save(tmp_path / "depth.npy", values)
         np.testing.assert_array_equal(open_depth(tmp_path / "depth.npy"), values)
 
+    def test_a_coloured_picture_is_read_as_depth_with_a_warning(self, fake, tmp_path):
+        picture().save(tmp_path / "photo.png")
+        with pytest.warns(UserWarning, match="the depth map has colours"):
+            open_depth(tmp_path / "photo.png")
+        with pytest.warns(UserWarning, match="the depth map has colours"):
+            start_of(fake(task="depth-to-image"), depth_map=picture())
+
+    @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+    def test_a_grey_picture_is_depth_in_whatever_mode_it_was_saved(self, tmp_path, mode, recwarn):
+        grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+        Image.fromarray(grey).convert(mode).save(tmp_path / "depth.png")
+        np.testing.assert_array_equal(open_depth(tmp_path / "depth.png"), grey)
+        assert not recwarn.list
+
     @pytest.mark.parametrize("shape", [(4,), (4, 4, 1), ()])
     def test_a_file_holds_one_map(self, tmp_path, shape):
         np.save(tmp_path / "depth.npy", np.zeros(shape))
