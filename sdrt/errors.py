@@ -11,7 +11,7 @@ SdrtError
 ├── OutputError       a result cannot be written where it was asked for
 ├── BusyError         the queue is full; the request may be sent again later
 ├── ClosedError       the batcher is closed for good; sending the request again does not help
-└── Cancelled         the work was stopped on request
+└── Cancelled         the work was stopped on request (exit code 130)
 """
 
 from collections.abc import Callable
@@ -77,3 +77,5 @@ class ClosedError(SdrtError):
 
 class Cancelled(SdrtError):  # noqa: N818  (it is no failure)
     """The work was stopped on request."""
+
+    exit_code = 130  # as of a program that Ctrl-C ended

@@ -55,7 +55,7 @@ def serve(main: Callable[[Progress], JsonValue]) -> int:
             return error.exit_code
         except KeyboardInterrupt:
             say(error={"kind": "Cancelled", "message": "cancelled", "hint": "nothing was left behind"})
-            return 1
+            return Cancelled.exit_code
         return 0
 
 

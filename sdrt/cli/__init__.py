@@ -19,7 +19,6 @@ __all__ = ["app", "main", "run_command"]
 
 # The parents of typer's own usage errors, whichever click it carries.
 _USAGE_ERROR, _CLICK_ERROR = typer.BadParameter.__mro__[1:3]
-_INTERRUPTED = 130  # what typer makes of Ctrl-C
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
@@ -81,7 +80,7 @@ def main() -> None:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code: 0, 2 for a bad argument, 1 for any other failure."""
+    """Run one command line and return its exit code: 0, 2 for a bad argument, 130 after Ctrl-C, 1 for any other end."""
     options = list(arguments)
     own = options[: options.index("--")] if "--" in options else options
     as_json = "--json" in own
@@ -94,7 +93,7 @@ def run_command(arguments: Sequence[str]) -> int:
             return _close_quietly()
         except (Exception, KeyboardInterrupt) as error:
             return print_error(as_sdrt_error(error, options), as_json=as_json)
-    if code == _INTERRUPTED:
+    if code == Cancelled.exit_code:  # typer's own, where the command ended with Ctrl-C
         return print_error(as_sdrt_error(KeyboardInterrupt(), options), as_json=as_json)
     return code if isinstance(code, int) else 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sdrt import errors, worker
 from sdrt.cli import run_command
@@ -139,6 +140,15 @@ def test_a_file_that_only_begins_like_an_array_is_refused(tiny_bundle, tmp_path,
     assert "l.npy holds no" in capsys.readouterr().err
 
 
+def test_a_picture_instead_of_latents_is_called_no_npy_file(tiny_bundle, tmp_path, capsys):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+    assert run_command(["decode", str(tiny_bundle), str(path), "--out", str(tmp_path / "o.png")]) == 2
+    error = capsys.readouterr().err
+    assert "a.png holds no latents: it is no .npy file" in error
+    assert "pickle" not in error
+
+
 def test_an_archive_of_arrays_is_no_latents(tiny_bundle, tmp_path, capsys):
     path = tmp_path / "l.npz"
     np.savez(path, latents=np.zeros((1, 4, 8, 8), np.float32))
@@ -229,7 +239,7 @@ def test_a_terminal_that_closes_during_a_build_leaves_nothing(tiny_checkpoint, t
     time.sleep(1)
     process.send_signal(signal.SIGHUP)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 1, error
+    assert process.returncode == 130, error
     assert error.splitlines()[-2] == "error: cancelled"
     assert list(work.iterdir()) == []
 

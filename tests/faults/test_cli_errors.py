@@ -308,7 +308,7 @@ def test_ctrl_c_in_the_middle_of_a_run_leaves_nothing(stop, tiny_bundle, tmp_pat
     time.sleep(3)
     os.kill(child.pid, stop)
     out, error = child.communicate(timeout=60)
-    assert child.returncode == 1
+    assert child.returncode == 130
     assert error.splitlines()[0] == "error: cancelled"
     assert len(error.splitlines()) == 2
     assert out == ""
@@ -326,6 +326,6 @@ def test_ctrl_c_in_the_middle_of_a_build_leaves_nothing(tiny_checkpoint, tmp_pat
     time.sleep(1)
     child.send_signal(signal.SIGINT)
     error = child.communicate(timeout=60)[1]
-    assert child.returncode == 1, error
+    assert child.returncode == 130, error
     assert error.splitlines()[-2] == "error: cancelled"
     assert list(work.iterdir()) == []

@@ -83,7 +83,7 @@ def test_ctrl_c_ends_the_build_with_one_error_and_nothing_left(tiny_export, tmp_
     child.send_signal(signal.SIGINT)
     last = [line for line in child.communicate()[0].splitlines() if line][-1]
     assert json.loads(last)["error"]["kind"] == "Cancelled"
-    assert child.returncode == 1
+    assert child.returncode == 130
     assert list(out.parent.iterdir()) == []
 
 
