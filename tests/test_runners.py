@@ -543,6 +543,12 @@ def test_the_native_precision_follows_the_features(monkeypatch, features, precis
     assert cpu.native_precision() == precision
 
 
+@pytest.mark.parametrize(("features", "lanes"), [((), 8), (("avx2",), 8), (("avx2", "avx512f"), 16)])
+def test_float32_lanes_follow_the_features(monkeypatch, features, lanes):
+    monkeypatch.setattr(cpu, "cpu_features", lambda: frozenset(features))
+    assert cpu.float32_lanes() == lanes
+
+
 def topology(folder, siblings):
     for number, text in siblings.items():
         (folder / f"cpu{number}" / "topology").mkdir(parents=True)
