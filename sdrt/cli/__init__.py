@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,13 +20,21 @@ __all__ = ["app", "main", "run_command"]
 
 # The parents of typer's own usage errors, whichever click it carries.
 _USAGE_ERROR, _CLICK_ERROR = typer.BadParameter.__mro__[1:3]
+_IN_PLAIN_WORDS = {
+    "Value error, ": "",
+    "(Possible options:": "Did you mean",
+    "Input should be": "it must be",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+}
+_ALIASES = re.compile(r"'(--?[\w-]+)'(?: / '--?[\w-]+')*")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
     name="sdrt",
     help="Compiled inference for Stable Diffusion, without PyTorch at run time.",
     epilog="Try it: sdrt demo. Details of a command: sdrt COMMAND --help",
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # whose columns cut the names of options off, where a terminal is narrow
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
@@ -126,13 +135,15 @@ def _known_error(error: BaseException, arguments: Sequence[str]) -> SdrtError:
 def _usage_error(error: BaseException, arguments: Sequence[str]) -> RequestError:
     """A message of the argument parser in the words of sdrt: its suggestion becomes the hint."""
     message = getattr(error, "format_message", error.__str__)()
-    message = message.replace("Value error, ", "").replace("(Possible options:", "Did you mean one of")
+    for words, plain in _IN_PLAIN_WORDS.items():
+        message = message.replace(words, plain)
     message, _, suggestion = message.partition("Did you mean")
-    message = message.strip().rstrip(".")
+    message = _ALIASES.sub(r"\1", message).partition(", unable to parse")[0].strip().rstrip(".")
     commands = {command.callback.__name__ for command in app.registered_commands if command.callback is not None}
     command = next((word for word in arguments if word in commands), None)
     shown = "sdrt --help" if command is None else f"sdrt {command} --help"
-    hint = f"did you mean{suggestion.rstrip('?)')}?" if suggestion else f"see: {shown}"
+    near = [each.strip(" '?)") for each in suggestion.split(",") if suggestion]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"see: {shown}"
     return RequestError(message[:1].lower() + message[1:], hint=hint)
 
 

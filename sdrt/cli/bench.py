@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sdrt.cli.options import AsJson, Force, OnProvider, Threads, model_folder, parse_size
+from sdrt.cli.options import AsJson, Force, OnProvider, Threads, check_built, model_folder, parse_size
 from sdrt.cli.stages import BENCHMARKS, EXPORT, check_installed, run_stage
 from sdrt.cli.terminal import emit, facts, print_warning, progress_bar
 from sdrt.errors import RequestError
@@ -17,7 +17,10 @@ def bench(
     bundle: Annotated[
         Path | None,
         typer.Argument(
-            metavar="BUNDLE", help="Not with --suite sd15 or tasks, which build their own.", show_default=False
+            metavar="BUNDLE",
+            help="Not with --suite sd15 or tasks, which build their own.",
+            callback=check_built,
+            show_default=False,
         ),
     ] = None,
     baseline: Annotated[
@@ -90,7 +93,10 @@ def bench(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a bundle with PyTorch: speed, memory and parity, as a table and a report."""
+    """Compare a bundle with PyTorch: speed, memory and parity.
+
+    As a table and a report.
+    """
     from sdrt.bundle import Bundle
     from sdrt.files import check_replaceable, check_writable
     from sdrt.runners.providers import choose_provider

@@ -97,7 +97,10 @@ def build(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build a bundle: export MODEL, compile its engines, check them against PyTorch, seal."""
+    """Build a bundle: export MODEL, compile its engines, seal them.
+
+    The engines are checked against PyTorch before.
+    """
     began = time.monotonic()
     flags = ["--backend", backend, "--precision", precision, "--batch", batch]
     flags += [] if sizes is None else ["--sizes", sizes]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import typer
 
-from sdrt.errors import CheckpointError, OutputError, RequestError
+from sdrt.errors import BundleError, CheckpointError, OutputError, RequestError
 
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else on stderr.")]
 Threads: TypeAlias = Annotated[
@@ -20,13 +20,29 @@ OnProvider: TypeAlias = Annotated[
     ),
 ]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite what is there already.")]
+
+
+def check_built(bundle: Path | None) -> Path | None:
+    """BUNDLE as it is. Raises BundleError for the name of an embedded model, of which a bundle can be built."""
+    if bundle is not None and is_embedded(str(bundle)) and not bundle.exists():
+        raise BundleError(
+            f"{bundle} is a model, of which a bundle is to be built first",
+            hint=f"sdrt build {bundle} --out {bundle}.sdrt, then name {bundle}.sdrt",
+        )
+    return bundle
+
+
 BundleFolder: TypeAlias = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="The folder that `sdrt build` wrote.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="BUNDLE", help="The folder that `sdrt build` wrote.", callback=check_built, show_default=False
+    ),
 ]
 Size: TypeAlias = tuple[int, int]
 
 EMBEDDED = "shapes"
 EMBEDDED_CONTROLNET = "shapes-edges"
+_PICTURE = Path("picture.png")  # for hints
 _SIZE = re.compile(r"([0-9]{1,6})[xX]([0-9]{1,6})")
 
 
@@ -55,7 +71,7 @@ def numbered(out: Path, count: int) -> list[Path]:
 def beside(out: Path, ending: str) -> Path:
     """Where another picture of the same kind goes: out-ENDING.png. Raises RequestError for a path without a name."""
     if not out.name:
-        raise RequestError(f"--out is {str(out)!r}, a folder", hint="name a file")
+        raise RequestError(f"--out is {str(out)!r}, a folder", hint=f"name a file: --out {out / _PICTURE}")
     return out.with_name(f"{out.stem}-{ending}{out.suffix}")
 
 
@@ -65,9 +81,10 @@ def check_outputs(paths: Sequence[Path], suffix: str, *, force: bool) -> None:
 
     for path in paths:
         if path.suffix.lower() != suffix:
-            raise RequestError(f"{path} does not end in {suffix}", hint=f"name the output so: {path.stem}{suffix}")
+            name = path / f"{_PICTURE.stem}{suffix}" if path.is_dir() else path.with_suffix(suffix)
+            raise RequestError(f"the output {path} does not end in {suffix}", hint=f"name it so: --out {name}")
         if path.is_dir():
-            raise RequestError(f"{path} is a folder", hint=f"name a file that ends in {suffix}")
+            raise RequestError(f"the output {path} is a folder", hint=f"name a file that ends in {suffix}")
         refuse_existing(path, overwrite=force)
     check_writable(paths[0])
 

@@ -30,9 +30,10 @@ def encode(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Encode an image as latents, times the VAE's scaling factor; in tiles where it is large.
+    """Encode an image as latents.
 
-    Its sides are multiples of the VAE's factor, which is 8 for most models.
+    They are times the VAE's scaling factor, and made in tiles where the image is large. Its sides are multiples of the
+    VAE's factor, which is 8 for most models.
     """
     import numpy as np
 
@@ -66,7 +67,10 @@ def decode(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Decode latents, float [B, C, h, w] times the VAE's scaling factor, to an image; in tiles where it is large."""
+    """Decode latents to an image.
+
+    They are float [B, C, h, w] times the VAE's scaling factor, and decoded in tiles where the image is large.
+    """
     from sdrt.bundle import Bundle
     from sdrt.resolution import resolve_vae
     from sdrt.sizes import check_vae_size

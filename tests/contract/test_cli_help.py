@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
-from sdrt.cli import run_command
+from sdrt.cli import app, run_command
 from sdrt.plan import SCHEDULERS
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def wide(monkeypatch):
 
 def test_the_commands_are_these(capsys):
     text = help_of(capsys)
-    listed = re.findall(r"^│ ([a-z]+) +[A-Z]", text, re.MULTILINE)
+    listed = re.findall(r"^  ([a-z]+) +[A-Z]", text, re.MULTILINE)
     assert tuple(listed) == COMMANDS
 
 
@@ -46,6 +47,18 @@ def test_every_command_takes_json_and_explains_each_option(command, capsys):
     text = help_of(capsys, command)
     assert "--json" in text
     assert all(name in text for name in ALIASES.get(command, ()))
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_nothing_is_cut_off_in_a_narrow_terminal(command, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = help_of(capsys, *command.split())
+    assert max(map(len, text.splitlines())) <= columns
+    shown = typer.main.get_command(app)
+    for parameter in (shown.commands[command] if command else shown).params:
+        assert all(re.search(rf"{name}(?![\w-])", text) for name in parameter.opts if name.startswith("--"))
+    assert re.findall(r"\w\.\.\.$", text, re.MULTILINE) == []
 
 
 def test_every_scheduler_is_listed(capsys):

@@ -80,6 +80,30 @@ def test_a_typo_is_answered_with_a_suggestion(tiny_bundle, capsys):
     assert "euler" in failed(capsys, 2, "run", tiny_bundle, "x", "--out", "/tmp/none.png", "--scheduler", "eulr")[1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (("--steps", "abc"), "invalid value for --steps: it must be a whole number", "see: sdrt run --help"),
+        (("--threads", 0), "invalid value for --threads: it must be greater than or equal to 1", "sdrt run --help"),
+        (("--sched", "ddim"), "no such option: --sched", "did you mean --scheduler or --seed or --threads?"),
+        (("--out", "."), "the output . does not end in .png", "name it so: --out picture.png"),
+        (("--out", ".", "-n", 2), "--out is '.', a folder", "name a file: --out picture.png"),
+        (("--out", "some/a.jpg"), "the output some/a.jpg does not end in .png", "name it so: --out some/a.png"),
+    ],
+)
+def test_a_bad_option_is_told_in_plain_words_and_how_to_write_it(arguments, error, hint, tiny_bundle, capsys):
+    said = failed(capsys, 2, "run", tiny_bundle, "x", "--out", "a.png", *arguments)
+    assert said[0] == f"error: {error}"
+    assert hint in said[1]
+
+
+@pytest.mark.parametrize("command", ["run", "decode", "verify"])
+def test_an_embedded_model_in_the_place_of_a_bundle_is_to_be_built(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = {"run": ("x", "--out", "a.png"), "decode": ("l.npy", "--out", "a.png"), "verify": ()}[command]
+    assert "sdrt build shapes --out shapes.sdrt" in failed(capsys, 1, command, "shapes", *arguments)[1]
+
+
 def test_a_missing_prompt_or_output(tiny_bundle, tmp_path, capsys):
     assert "prompt" in failed(capsys, 2, "run", tiny_bundle, "--out", tmp_path / "a.png")[0]
     assert "--out" in failed(capsys, 2, "run", tiny_bundle, "x")[0]
