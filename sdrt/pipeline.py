@@ -24,7 +24,7 @@ from sdrt.guidance import Guidance, guidance_of
 from sdrt.image import from_pixels, to_images
 from sdrt.noise import GENERATORS, TorchGenerator, Variation
 from sdrt.progress import Made, Work, advance, complete
-from sdrt.request import Request
+from sdrt.request import Request, nearest_field
 from sdrt.resolution import ResolvedRequest, VaeName, resolve_request, resolve_vae
 from sdrt.runners import open_runner
 from sdrt.runners.base import TINY_VAE_DECODER, VAE_DECODER_FLOAT32, FloatArray, Runner
@@ -671,7 +671,7 @@ def as_request(prompt: str | Request, options: dict[str, Any]) -> Request:
         return prompt
     unknown = sorted(set(options) - set(Request.__dataclass_fields__))
     if unknown:
-        raise RequestError(
-            f"a request has no {', '.join(unknown)}", hint=f"it has {', '.join(Request.__dataclass_fields__)}"
-        )
+        near = [f"{field} for {name}" for name in unknown if (field := nearest_field(name)) is not None]
+        meant = f"did you mean {', '.join(near)}? " if near else ""
+        raise RequestError(f"a request has no {', '.join(unknown)}", hint=f"{meant}every field: help(sdrt.Request)")
     return Request(prompt=prompt, **options)

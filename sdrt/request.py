@@ -1,5 +1,6 @@
 """What a caller asks for, as plain data. `sdrt.resolution` checks it; nothing here does."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,25 @@ from sdrt.noise import GeneratorName
 from sdrt.plan import SamplingPlan
 
 Shown = Image.Image | npt.NDArray[np.floating] | None  # to a ControlNet
+# What else fields of `Request` are called: on the command line, and in other programs.
+SYNONYMS = {
+    "and": "composed_prompts",
+    "batch_size": "num_images_per_prompt",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "control_end": "control_guidance_end",
+    "control_scale": "controlnet_conditioning_scale",
+    "control_start": "control_guidance_start",
+    "denoising_strength": "strength",
+    "depth": "depth_map",
+    "guidance": "guidance_scale",
+    "init_image": "image",
+    "mask": "mask_image",
+    "num_images": "num_images_per_prompt",
+    "num_steps": "num_inference_steps",
+    "sampler": "scheduler",
+    "steps": "num_inference_steps",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,3 +130,9 @@ class Request:
     vae: str | None = None
     variation_seed: int | None = None
     variation_strength: float = 0.0
+
+
+def nearest_field(name: str) -> str | None:
+    """The field that is probably meant by a name that no field has; None where nothing is like it."""
+    near = difflib.get_close_matches(name.lower(), [*Request.__dataclass_fields__, *SYNONYMS], n=1)
+    return SYNONYMS.get(near[0], near[0]) if near else None

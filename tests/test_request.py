@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sdrt.errors import RequestError
+from sdrt.pipeline import as_request
 from sdrt.plan import build_plan
 from sdrt.request import Request
 from sdrt.resolution import resolve_request
@@ -121,6 +122,27 @@ def test_bad_requests_are_refused_with_a_hint(manifest, fields):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("num_image", "num_images_per_prompt"),
+        ("steps", "num_inference_steps"),
+        ("CFG_scale", "guidance_scale"),
+        ("guidance_scal", "guidance_scale"),
+    ],
+)
+def test_a_misspelt_field_gets_a_suggestion_and_where_the_others_are(name, field):
+    with pytest.raises(RequestError, match=f"a request has no {name}$") as caught:
+        as_request("red circle", {name: 3})
+    assert caught.value.hint == f"did you mean {field} for {name}? every field: help(sdrt.Request)"
+
+
+def test_a_field_that_is_like_no_other_is_answered_with_where_they_are():
+    with pytest.raises(RequestError) as caught:
+        as_request("red circle", {"zzz": 3})
+    assert caught.value.hint == "every field: help(sdrt.Request)"
+
+
 def test_a_misspelt_scheduler_gets_a_suggestion(manifest):
     with pytest.raises(RequestError) as caught:
         resolve(manifest, scheduler="eulr")
@@ -137,7 +159,7 @@ def test_a_size_outside_the_profile_names_the_nearest_one(manifest):
     ("sizes", "picture", "scaled"),
     [
         ((), (512, 384), "128x96"),
-        ((), (20, 30), "32x48"),
+        ((), (16, 32), "32x64"),
         ((), (200, 30), "128x32"),
         (((128, 128), (96, 128), (128, 96)), (512, 384), "128x96"),
     ],

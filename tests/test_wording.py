@@ -1,11 +1,13 @@
 """Messages of the library on the command line: fields become options, and other words stay as they are."""
 
 import pytest
+import typer
 
-from sdrt.cli import run_command
+from sdrt.cli import app, run_command
 from sdrt.cli.pictures import PICTURES
 from sdrt.cli.run import REQUEST_FIELDS
 from sdrt.cli.wording import field_options, in_options
+from sdrt.request import nearest_field
 
 SAID = [
     ("num_inference_steps is 1001", "--steps is 1001"),
@@ -43,6 +45,18 @@ def test_what_is_no_field_is_kept(said):
 
 def test_every_field_but_the_prompt_has_an_option():
     assert {"prompt", *field_options()} == {*REQUEST_FIELDS, *PICTURES}
+
+
+def test_every_name_of_an_option_leads_python_to_its_field():
+    parameters = typer.main.get_command(app).commands["run"].params
+    names = {
+        name.removeprefix("--").replace("-", "_"): parameter.name
+        for parameter in parameters
+        if parameter.name in field_options()
+        for name in parameter.opts
+        if name.startswith("--")
+    }
+    assert {name: nearest_field(name) for name in names} == names
 
 
 def test_errors_and_hints_name_options(tiny_bundle, tmp_path, capsys):
