@@ -61,6 +61,11 @@ def test_nothing_is_cut_off_in_a_narrow_terminal(command, columns, capsys, monke
     assert re.findall(r"\w\.\.\.$", text, re.MULTILINE) == []
 
 
+def test_the_size_says_whose_it_is_where_none_is_given(capsys):
+    text = " ".join(help_of(capsys, "run").split())
+    assert "--size WxH In pixels; an --image is scaled to it. Default: the picture's, or else the model's own." in text
+
+
 def test_every_scheduler_is_listed(capsys):
     assert run_command(["schedulers"]) == 0
     shown = capsys.readouterr().out
