@@ -57,7 +57,6 @@ def test_its_transforms_filter_one_dimension():
         (1, 5, 7, 4, 4),  # one tile
         (2, 8, 16, 8, 12),  # two images, not square
         (2, 6, 9, 36, 132),  # blocks of columns, the last one smaller
-        (1, 16, 300, 8, 8),  # groups of filters, the last one smaller
     ],
 )
 def test_it_computes_the_convolution(any_gain, sizes):
@@ -68,9 +67,10 @@ def test_it_computes_the_convolution(any_gain, sizes):
     assert np.abs(run(model, data_of(sizes)) - run(convolution(sizes), data_of(sizes))).max() < FLOAT32_ERROR
 
 
-def test_blocks_of_rows_join_without_a_seam(any_gain, monkeypatch):
+@pytest.mark.parametrize("sizes", [(1, 4, 5, 24, 16), (2, 3, 5, 12, 132)])
+def test_blocks_of_rows_and_groups_of_filters_join_without_a_seam(any_gain, monkeypatch, sizes):
     monkeypatch.setattr(winograd, "_BLOCK_BYTES", 1)  # a block for each row of tiles
-    sizes = (1, 4, 4, 24, 16)
+    monkeypatch.setattr(winograd, "_GROUP_BYTES", 4 * 36 * sizes[1] * 2)  # two filters, and one in the last
     model = convolution(sizes)
     kept = winograd.filter_minimally(model)
     assert kept
@@ -149,14 +149,27 @@ def test_the_transformed_filters_are_not_kept(any_gain):
     assert largest <= 64 * 256 * 9
 
 
-def test_the_weights_that_it_returns_are_those_the_model_reads(any_gain):
-    sizes = (1, 16, 300, 8, 8)  # in groups, which share their memory
+def test_the_weights_that_it_returns_are_those_the_model_reads(any_gain, monkeypatch):
+    monkeypatch.setattr(winograd, "_GROUP_BYTES", 4 * 36 * 16 * 100)  # groups share their memory
+    sizes = (1, 16, 300, 8, 8)
     expected = run(convolution(sizes), data_of(sizes))
     model = convolution(sizes)
     kept = winograd.filter_minimally(model)
     gc.collect()
     assert [list(node.output(0).get_shape()) for node in kept] == [[300, 16, 3, 3]]
     assert np.abs(run(model, data_of(sizes)) - expected).max() < FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("first", [0.0, -1e30, 1e30])
+def test_whatever_the_first_value_is_the_filters_are_the_same(any_gain, first):
+    sizes = (1, 4, 4, 8, 8)
+    data = data_of(sizes)
+    data[0, 0, 0, 0] = first
+    model = convolution(sizes)
+    kept = winograd.filter_minimally(model)
+    assert kept
+    far = (..., slice(4, 8), slice(4, 8))  # another tile than the value's
+    assert np.abs(run(model, data)[far] - run(convolution(sizes), data)[far]).max() < FLOAT32_ERROR
 
 
 def test_a_bundle_for_one_size_computes_the_same_with_it(any_gain, narrowed, monkeypatch):  # noqa: F811

@@ -63,7 +63,7 @@ def demo(
         out.mkdir(exist_ok=True)
     try:
         check_writable(pictures[0])
-        with progress_bar() as progress:
+        with progress_bar(phases=True) as progress:
             if opened is None:
                 opened, _ = build_bundle(
                     EMBEDDED, built, [], sizes=None, threads=threads, force=force, progress=progress

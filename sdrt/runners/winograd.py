@@ -26,7 +26,7 @@ _POINTS = (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
 _BLOCK_WIDTH = 64
 _BLOCK_BYTES = 20 * 2**20
 # With so few tiles the filters are transformed in groups, for the same reason, of that many filters a tile.
-_FEW_TILES, _FILTERS_PER_TILE = 64, 2
+_GROUP_BYTES = 60 * 2**20
 
 # What transforming takes the memory's time for, a value in or out and a weight, in the time of a multiplication with
 # AVX2. Measured on layers of SD1.5: 320 channels at 64×64, 640 at 32×32, 1,280 at 16×16, 128 to 512 in the VAE.
@@ -71,10 +71,9 @@ def filter_minimally(model: "ov.Model", *, lanes: int = 8) -> tuple["ov.Node", .
     chosen = [node for node in eligible if gain(*_sizes(node), lanes=lanes) >= _LEAST_GAIN]
     if not chosen:
         return ()
-    one = _one(model)
     weights = tuple(node.input_value(1).get_node() for node in chosen)
     for node in chosen:
-        replacement = _filtered(node, one)
+        replacement = _filtered(node)
         replacement.set_friendly_name(node.get_friendly_name())
         node.output(0).replace(replacement.output(0))
     model.validate_nodes_and_infer_types()
@@ -103,37 +102,40 @@ def _sizes(node: "ov.Node") -> tuple[int, int, int, int, int]:
     return images, channels, node.output(0).get_shape()[1], height, width
 
 
-def _filtered(node: "ov.Node", one: "ov.Node") -> "ov.Node":
-    """What the node gives, [N, K, H, W], put together from blocks."""
+def _filtered(node: "ov.Node") -> "ov.Node":
+    """What the node gives, [N, K, H, W], put together from blocks of groups of filters."""
     images, channels, filters, height, width = _sizes(node)
     data = _reshaped(node.input_value(0), [images * channels, height, width])
-    groups = _transformed_filters(node.input_value(1), one, images * height * width // TILE**2)
-    rows = []
+    patches = []
     for down in _spans(height, _block_height(images * channels, width)):
         row = _cut(data, down, height, axis=1)
-        blocks = []
         for across in _spans(width, _BLOCK_WIDTH):
             block = _cut(row, across, width, axis=2)
-            patches = _transformed_data(block, _spread(down, height), _spread(across, width), images)
-            products = _joined([_product(group, patches) for group in groups], axis=1)
-            blocks.append(_values(products, [images, filters, len(down), len(across)]))
-        rows.append(_joined(blocks, axis=3))
-    return _joined(rows, axis=2)
+            patches.append(_transformed_data(block, _spread(down, height), _spread(across, width), images))
+    groups: list[ov.Node] = []
+    for group in _spans(filters, max(_GROUP_BYTES // (4 * PLACES * channels), 1)):
+        # Each waits for the one before it, so that the filters of one at a time are held transformed.
+        transformed = _transformed_filters(node.input_value(1), group, groups[-1] if groups else data)
+        blocks = iter([_product(transformed, block) for block in patches])
+        rows = []
+        for down in _spans(height, _block_height(images * channels, width)):
+            spans = _spans(width, _BLOCK_WIDTH)
+            row = [_values(next(blocks), [images, len(group), len(down), len(across)]) for across in spans]
+            rows.append(_joined(row, axis=3))
+        groups.append(_joined(rows, axis=2))
+    return _joined(groups, axis=1)
 
 
-def _transformed_filters(value: Any, one: "ov.Node", tiles: int) -> list["ov.Node"]:  # noqa: ANN401
-    """w [K, C, 3, 3] → G w Gᵀ [36, its filters, C], in groups of filters."""
+def _transformed_filters(value: Any, group: range, after: "ov.Node") -> "ov.Node":  # noqa: ANN401
+    """w [K, C, 3, 3] → G w Gᵀ [36, len(group), C], in each run anew, after another node."""
     from openvino import opset13 as opset
 
     filters, channels = list(value.get_shape())[:2]
+    own = value if len(group) == filters else _shared(value.get_node().data[group.start : group.stop])
     _, of_filters, _ = transforms()
-    transform = opset.multiply(_constant(_both_ways(of_filters)), one)
-    groups = []
-    for group in _spans(filters, _FILTERS_PER_TILE * tiles if tiles < _FEW_TILES else filters):
-        own = value if len(group) == filters else _shared(value.get_node().data[group.start : group.stop])
-        flat = _reshaped(own, [len(group) * channels, KERNEL * KERNEL])
-        groups.append(_reshaped(opset.matmul(transform, flat, False, True), [PLACES, len(group), channels]))
-    return groups
+    transform = opset.multiply(_constant(_both_ways(of_filters)), _one(after))
+    flat = _reshaped(own, [len(group) * channels, KERNEL * KERNEL])
+    return _reshaped(opset.matmul(transform, flat, False, True), [PLACES, len(group), channels])
 
 
 def _transformed_data(block: "ov.Node", down: Matrix, across: Matrix, images: int) -> "ov.Node":
@@ -207,12 +209,11 @@ def _cut(value: "ov.Node", span: range, size: int, *, axis: int) -> "ov.Node":
     return opset.slice(value, *(_integers([number]) for number in (around.start, around.stop, 1, axis)))
 
 
-def _one(model: "ov.Model") -> "ov.Node":
-    """The number 1, in a form that OpenVINO does not take for a constant: it would transform and keep the filters."""
+def _one(value: "ov.Node") -> "ov.Node":
+    """The number 1, taken from a value: OpenVINO would transform, and keep, what depends on no input."""
     from openvino import opset13 as opset
 
-    source = next(node for node in model.get_parameters() if node.get_element_type().get_type_name() == "f32")
-    first = opset.slice(_reshaped(source, [-1]), _integers([0]), _integers([1]), _integers([1]))
+    first = opset.slice(_reshaped(value, [-1]), _integers([0]), _integers([1]), _integers([1]))
     return opset.clamp(first, 1.0, 1.0)
 
 
