@@ -171,12 +171,11 @@ def test_every_task_but_outpainting_is_in_the_suite_and_one_with_a_controlnet():
     assert [task.name for task in TASKS if task.controlled] == ["controlnet"]
 
 
-def test_the_help_names_the_tasks(monkeypatch, capsys):
+def test_the_help_names_the_tasks(capsys):
     from sdrt.cli import run_command
 
-    monkeypatch.setenv("COLUMNS", "400")
     assert run_command(["bench", "--help"]) == 0
-    assert ", ".join(task.name for task in TASKS) in capsys.readouterr().out
+    assert "".join(f"{task.name}," for task in TASKS)[:-1] in "".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("subject", subjects_of(TASKS))

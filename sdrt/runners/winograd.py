@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 KERNEL, TILE = 3, 4  # sides of a filter, and of what one tile gives
 PATCH = TILE + KERNEL - 1  # sides of what a tile reads, and of what it is transformed to
 PLACES = PATCH * PATCH
-# With 0 and infinity, less than half the error of the usual 0, ±1, ±2. Their form: Alam et al. 2022, arXiv:2201.10369.
+# With infinity; less than half the error of the usual 0, ±1, ±2. Their form: Alam et al. 2022, arXiv:2201.10369.
 _POINTS = (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
 
 # A large image is transformed in blocks, which should stay in the cache until they are multiplied.
 _BLOCK_WIDTH = 64
 _BLOCK_BYTES = 20 * 2**20
-# With so few tiles the filters are transformed in groups, for the same reason, of that many filters a tile.
+# Filters are transformed in groups, of which memory holds one at a time.
 _GROUP_BYTES = 60 * 2**20
 
 # What transforming takes the memory's time for, a value in or out and a weight, in the time of a multiplication with
