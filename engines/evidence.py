@@ -22,8 +22,9 @@ from sdrt.engines.seal import GoldenResult, check_component, check_image
 from sdrt.exported import GoldenRequest
 from sdrt.progress import Progress
 from sdrt.runners import open_runner
-from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32, Runner
+from sdrt.runners.base import VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER, Runner
 from sdrt.runners.cpu import cpu_features, cpu_name
+from sdrt.runners.usual import usual_shapes
 
 GOLDEN_FOLDER = "golden"
 IMAGE_NAME = "image.npz"
@@ -106,6 +107,7 @@ def _measure_against(
 ) -> Evidence:
     precision, total = subject.manifest.precision, len(reference.results) + 1
     parities = {}
+    usual = None
     # One after the other: golden inputs have shapes of their own, and two sets of engines need twice the memory.
     with open_runner(_for_any_shape(bundle), threads=threads) as runner:
         for done, (name, golden) in enumerate(reference.results.items()):
@@ -114,11 +116,25 @@ def _measure_against(
         if VAE_DECODER_FLOAT32 in {component.name for component in bundle.manifest.components}:
             golden = reference.results[VAE_DECODER]
             parities[VAE_DECODER_FLOAT32] = _check(runner, VAE_DECODER_FLOAT32, golden, subject.manifest)
+        usual = _usual_encoding(bundle, runner)
     progress("parity", total - 1, total)
     with open_runner(bundle, threads=threads) as runner:
         image = check_image(bundle, runner, reference.request, reference.image, precision=precision)
+        if usual is not None:  # the golden image has not used the encoder
+            _check(runner, VAE_ENCODER, usual, subject.manifest)
     progress("parity", total, total)
     return Evidence(reference=reference.description, request=reference.request, components=parities, image=image)
+
+
+def _usual_encoding(bundle: Bundle, runner: Runner) -> GoldenResult | None:
+    """What the VAE encoder makes of noise in its usual shape, for which it may be computed in another way."""
+    components = {component.name: component for component in bundle.manifest.components}
+    shapes = usual_shapes(bundle, components[VAE_ENCODER]) if VAE_ENCODER in components else None
+    if shapes is None:
+        return None
+    noise = {name: np.random.default_rng(0).uniform(-1, 1, shape) for name, shape in shapes.items()}
+    feeds = {name: values.astype(np.float32) for name, values in noise.items()}
+    return GoldenResult(inputs=feeds, outputs=runner.run(VAE_ENCODER, feeds))
 
 
 def _check(runner: Runner, name: str, golden: GoldenResult, manifest: Manifest) -> ParityRecord:

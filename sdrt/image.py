@@ -188,7 +188,8 @@ def load_npy(path: Path, what: str, *, hint: str) -> object:
         loaded: object = np.load(path, mmap_mode="r", allow_pickle=False)
     except (*DAMAGE, zipfile.BadZipFile) as error:
         # What is no .npy file numpy takes for a pickle, and would have its caller allow that.
-        reason = "it is no .npy file of numbers" if "pickle" in str(error) else error
+        pickled = isinstance(error, ValueError) and "pickle" in str(error)
+        reason = "it is no .npy file of numbers" if pickled else error
         raise RequestError(f"{path} holds no {what}: {reason}", hint=hint) from error
     return loaded
 
@@ -339,10 +340,13 @@ def _to_samples(image: Image.Image) -> Image.Image:
     """Deep greys as they are, anything else as `_to_grey`, which warns of colours."""
     if image.mode.startswith(("I", "F")):
         return image
-    pixels = np.asarray(image.convert("RGB"))
-    if (pixels != pixels[..., :1]).any():
-        warnings.warn("the depth map has colours, not depth in greys: how bright they are counts as near", stacklevel=2)
-    return _to_grey(image)
+    shown = _on_backdrop(image, "black")
+    if shown.mode not in ("1", "L"):
+        pixels = np.asarray(shown.convert("RGB"))
+        if (pixels != pixels[..., :1]).any():
+            text = "the depth map has colours, not depth in greys: how bright they are counts as near"
+            warnings.warn(text, stacklevel=2)
+    return shown.convert("L")
 
 
 def _on_backdrop(image: Image.Image, colour: str) -> Image.Image:

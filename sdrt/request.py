@@ -134,5 +134,7 @@ class Request:
 
 def nearest_field(name: str) -> str | None:
     """The field that is probably meant by a name that no field has; None where nothing is like it."""
+    if name.endswith("_embeds"):  # of other libraries; no field of text takes them
+        return None
     near = difflib.get_close_matches(name.lower(), [*Request.__dataclass_fields__, *SYNONYMS], n=1)
     return SYNONYMS.get(near[0], near[0]) if near else None

@@ -279,13 +279,14 @@ def _resolve_size(
         check_control_size(controls, *drawn_size, profile)
         return height, width, drawn_size, True
     of_picture = (height, width) == brought and not isinstance(task, Outpainting)
-    raise _refused_size(profile, task, height, width, windowed=windowed, of_picture=of_picture)
+    what = None if not of_picture else "picture" if task.size is not None else "control picture"
+    raise _refused_size(profile, task, height, width, windowed=windowed, picture=what)
 
 
 def _refused_size(
-    profile: ShapeProfile, task: Task, height: int, width: int, *, windowed: bool, of_picture: bool
+    profile: ShapeProfile, task: Task, height: int, width: int, *, windowed: bool, picture: str | None
 ) -> RequestError:
-    """The error of a size that is not made, with what could be asked for instead. of_picture: it is a picture's own."""
+    """The error of a size that is not made, with what could be asked for instead. picture: whose own size it is."""
     too_large = height * width > LARGEST_PIXELS
     if windowed and too_large:
         rows, columns = shrunk_size(profile, height, width)
@@ -293,13 +294,14 @@ def _refused_size(
         return RequestError(f"{width}x{height} is more than {LARGEST_PIXELS} pixels, even in windows", hint=less)
     hint = task.fitting_margins(profile, height, width) if isinstance(task, Outpainting) else None
     if hint is None:
-        closest = shaped_size if of_picture else nearest_size
+        closest = nearest_size if picture is None else shaped_size
         near = (next_size(profile, height, width) if windowed else None) or closest(profile, height, width)
         larger = windowed or too_large or fits_windows(profile, height, width)
         more = f", larger ones with windowed=True, up to {LARGEST_PIXELS} pixels" if larger else ""
-        instead = "give height and width to scale the picture, such as" if of_picture else "the nearest is"
+        scaled = "give height and width, to which a picture is scaled, such as"
+        instead = "the nearest is" if picture is None else scaled
         hint = f"it makes {describe_sizes(profile)}{more}; {instead} {near[1]}x{near[0]}"
-    reason = ", the size of the picture" if of_picture else ""
+    reason = "" if picture is None else f", what the {picture}'s size comes to"
     if height % profile.multiple_of or width % profile.multiple_of:
         reason += f": both sides must be multiples of {profile.multiple_of}"
     return RequestError(f"this bundle does not make images of {width}x{height}{reason}", hint=hint)

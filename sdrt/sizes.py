@@ -29,6 +29,7 @@ def nearest_size(profile: ShapeProfile, height: int, width: int) -> tuple[int, i
 
 def shaped_size(profile: ShapeProfile, height: int, width: int) -> tuple[int, int]:
     """The accepted (height, width) for a picture of this size to be scaled to: of those most like its shape."""
+    height, width = max(height, 1), max(width, 1)
     if profile.sizes:
         shape = math.log(height / width)
         return min(profile.sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - shape), abs(size[0] - height)))

@@ -185,6 +185,14 @@ class TestDepth:
         np.testing.assert_array_equal(open_depth(tmp_path / "depth.png"), grey)
         assert not recwarn.list
 
+    def test_colours_that_are_transparent_do_not_count(self, tmp_path, recwarn):
+        pixels = np.zeros((8, 8, 4), np.uint8)
+        pixels[:4] = 90, 90, 90, 255
+        pixels[4:] = 200, 10, 10, 0
+        Image.fromarray(pixels).save(tmp_path / "depth.png")
+        open_depth(tmp_path / "depth.png")
+        assert not recwarn.list
+
     @pytest.mark.parametrize("shape", [(4,), (4, 4, 1), ()])
     def test_a_file_holds_one_map(self, tmp_path, shape):
         np.save(tmp_path / "depth.npy", np.zeros(shape))

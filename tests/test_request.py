@@ -170,9 +170,22 @@ def test_a_picture_whose_size_is_not_made_is_to_be_scaled_in_its_shape(fake, siz
         ({"image": shown}, fake(**bundles).bundle.manifest),
         ({"control_image": shown}, fake(controlnets=("edges",), **bundles).bundle.manifest),
     ):
-        with pytest.raises(RequestError, match="the size of the picture") as caught:
+        with pytest.raises(RequestError, match="picture's size comes to") as caught:
             resolve(manifest, **fields)
-        assert caught.value.hint.endswith(f"give height and width to scale the picture, such as {scaled}")
+        assert caught.value.hint.endswith(f"give height and width, to which a picture is scaled, such as {scaled}")
+
+
+def test_a_control_picture_narrower_than_the_grid_is_refused_like_others(fake):
+    manifest = fake(controlnets=("edges",)).bundle.manifest
+    with pytest.raises(RequestError, match="does not make images of 0x"):
+        resolve(manifest, control_image=Image.new("RGB", (3, 64)))
+
+
+@pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds"])
+def test_for_embeddings_no_field_of_text_is_named(fake, name):
+    with pytest.raises(RequestError) as caught:
+        as_request("x", {name: np.zeros((1, 77, 8))})
+    assert "did you mean" not in caught.value.hint
 
 
 def test_a_list_of_sizes_accepts_those_and_no_others(fake):

@@ -549,6 +549,12 @@ def test_float32_lanes_follow_the_features(monkeypatch, features, lanes):
     assert cpu.float32_lanes() == lanes
 
 
+@pytest.mark.parametrize(("machine", "x86"), [("x86_64", True), ("AMD64", True), ("aarch64", False), ("arm64", False)])
+def test_x86_goes_by_the_machine(monkeypatch, machine, x86):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert cpu.is_x86() is x86
+
+
 def topology(folder, siblings):
     for number, text in siblings.items():
         (folder / f"cpu{number}" / "topology").mkdir(parents=True)

@@ -1,8 +1,10 @@
 """What long commands say of their progress where nobody looks at a terminal."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -70,16 +72,18 @@ def test_quick_commands_say_nothing_of_their_progress(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_work_goes_on_when_the_reader_of_its_progress_has_gone(monkeypatch):
-    class Closed:
-        def isatty(self):
-            return False
+def test_work_goes_on_and_ends_well_when_the_reader_of_its_progress_has_gone():
+    program = """
+from sdrt.cli.terminal import print_warning, progress_bar
 
-        def write(self, text):
-            raise BrokenPipeError
-
-        flush = write
-
-    monkeypatch.setattr(sys, "stderr", Closed())
-    with progress_bar(phases=True) as progress:
-        progress("engines", 0, 1)
+with progress_bar(phases=True) as progress:
+    progress("engines", 0, 1)
+    progress("parity", 0, 1)
+print_warning("something")
+print("sealed")
+"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writing, text=True)
+    os.close(writing)
+    assert (ended.returncode, ended.stdout) == (0, "sealed\n")

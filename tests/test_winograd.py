@@ -29,6 +29,10 @@ def convolution(sizes, *, side=3, stride=1, pads=(1, 1), dilation=1, weights=Non
     return openvino.Model([opset.result(node)], [data])
 
 
+def filtered(model):
+    return winograd.filter_minimally(model, lanes=8, threads=2)
+
+
 def run(model, data):
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return compiled([data])[0]
@@ -61,7 +65,7 @@ def test_its_transforms_filter_one_dimension():
 )
 def test_it_computes_the_convolution(any_gain, sizes):
     model = convolution(sizes)
-    kept = winograd.filter_minimally(model)
+    kept = filtered(model)
     assert len(kept) == 1
     assert not [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
     assert np.abs(run(model, data_of(sizes)) - run(convolution(sizes), data_of(sizes))).max() < FLOAT32_ERROR
@@ -72,24 +76,25 @@ def test_blocks_of_rows_and_groups_of_filters_join_without_a_seam(any_gain, monk
     monkeypatch.setattr(winograd, "_BLOCK_BYTES", 1)  # a block for each row of tiles
     monkeypatch.setattr(winograd, "_GROUP_BYTES", 4 * 36 * sizes[1] * 2)  # two filters, and one in the last
     model = convolution(sizes)
-    kept = winograd.filter_minimally(model)
+    kept = filtered(model)
     assert kept
     assert np.abs(run(model, data_of(sizes)) - run(convolution(sizes), data_of(sizes))).max() < FLOAT32_ERROR
 
 
-def test_its_error_is_about_that_of_float32(any_gain):
+def test_its_error_is_about_twice_that_of_the_convolution(any_gain):
     sizes = (1, 320, 320, 16, 16)
-    weights = np.random.default_rng(2).standard_normal((320, 320, 3, 3)) / np.sqrt(2880)
-    model = convolution(sizes, weights=weights.astype(np.float32))
-    kept = winograd.filter_minimally(model)
+    weights = (np.random.default_rng(2).standard_normal((320, 320, 3, 3)) / np.sqrt(2880)).astype(np.float32)
     data = data_of(sizes)
     padded = np.pad(data[0].astype(np.float64), ((0, 0), (1, 1), (1, 1)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
-    exact = np.einsum("kcij,chwij->khw", weights.astype(np.float32).astype(np.float64), windows, optimize=True)
+    exact = np.einsum("kcij,chwij->khw", weights.astype(np.float64), windows, optimize=True)
+    model = convolution(sizes, weights=weights)
+    direct = run(model, data)[0] - exact
+    kept = filtered(model)
     error = run(model, data)[0] - exact
     assert len(kept) == 1
-    assert error.std() < 3e-6
-    assert np.abs(error).max() < 3e-5
+    assert error.std() < 3 * direct.std()
+    assert np.abs(error).max() < 5 * np.abs(direct).max()
 
 
 @pytest.mark.parametrize(
@@ -107,38 +112,40 @@ def test_its_error_is_about_that_of_float32(any_gain):
 )
 def test_other_convolutions_stay_as_they_are(any_gain, sizes, options):
     model = convolution(sizes, **options)
-    assert winograd.filter_minimally(model) == ()
+    assert filtered(model) == ()
     assert [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
 
 
 def test_a_model_of_any_size_stays_as_it_is(any_gain):
     model = convolution((1, 8, 8, 8, 8))
     model.reshape([1, 8, -1, -1])
-    assert winograd.filter_minimally(model) == ()
+    assert filtered(model) == ()
 
 
 @pytest.mark.parametrize(
-    ("sizes", "lanes", "worth_it"),
+    ("sizes", "lanes", "threads", "worth_it"),
     [
-        ((2, 320, 320, 64, 64), 8, True),
-        ((2, 640, 640, 32, 32), 8, True),
-        ((2, 1280, 1280, 16, 16), 8, True),
-        ((2, 1280, 1280, 8, 8), 8, False),  # transforming the filters takes longer than what is saved
-        ((1, 256, 256, 256, 256), 8, True),
-        ((1, 128, 128, 512, 512), 8, False),  # so does transforming the values
-        ((2, 4, 320, 64, 64), 8, False),
-        ((2, 320, 320, 64, 64), 16, False),  # a CPU that multiplies faster still moves as slowly
-        ((2, 1280, 640, 32, 32), 16, True),
+        ((2, 320, 320, 64, 64), 8, 2, True),
+        ((2, 640, 640, 32, 32), 8, 2, True),
+        ((2, 1280, 1280, 16, 16), 8, 2, True),
+        ((2, 1280, 1280, 8, 8), 8, 2, False),  # transforming the filters takes longer than what is saved
+        ((1, 256, 256, 256, 256), 8, 2, True),
+        ((1, 128, 128, 512, 512), 8, 2, False),  # so does transforming the values
+        ((2, 4, 320, 64, 64), 8, 2, False),
+        ((2, 320, 320, 64, 64), 16, 2, False),  # a CPU that multiplies faster still moves as slowly
+        ((2, 1280, 640, 32, 32), 16, 2, True),
+        ((2, 320, 320, 64, 64), 8, 8, False),  # nor does it move faster for more threads
+        ((2, 320, 320, 64, 64), 8, 1, True),
     ],
 )
-def test_only_convolutions_that_become_faster_are_replaced(sizes, lanes, worth_it):
-    assert (winograd.gain(*sizes, lanes=lanes) >= winograd._LEAST_GAIN) is worth_it
+def test_only_convolutions_that_become_faster_are_replaced(sizes, lanes, threads, worth_it):
+    assert (winograd.gain(*sizes, lanes=lanes, threads=threads) >= winograd._LEAST_GAIN) is worth_it
 
 
 def test_the_transformed_filters_are_not_kept(any_gain):
     sizes = (1, 64, 256, 32, 32)
     model = convolution(sizes)
-    kept = winograd.filter_minimally(model)
+    kept = filtered(model)
     data = data_of(sizes)
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     compiled([data])
@@ -154,7 +161,7 @@ def test_the_weights_that_it_returns_are_those_the_model_reads(any_gain, monkeyp
     sizes = (1, 16, 300, 8, 8)
     expected = run(convolution(sizes), data_of(sizes))
     model = convolution(sizes)
-    kept = winograd.filter_minimally(model)
+    kept = filtered(model)
     gc.collect()
     assert [list(node.output(0).get_shape()) for node in kept] == [[300, 16, 3, 3]]
     assert np.abs(run(model, data_of(sizes)) - expected).max() < FLOAT32_ERROR
@@ -166,7 +173,7 @@ def test_whatever_the_first_value_is_the_filters_are_the_same(any_gain, first):
     data = data_of(sizes)
     data[0, 0, 0, 0] = first
     model = convolution(sizes)
-    kept = winograd.filter_minimally(model)
+    kept = filtered(model)
     assert kept
     far = (..., slice(4, 8), slice(4, 8))  # another tile than the value's
     assert np.abs(run(model, data)[far] - run(convolution(sizes), data)[far]).max() < FLOAT32_ERROR
@@ -183,14 +190,15 @@ def test_a_bundle_for_one_size_computes_the_same_with_it(any_gain, narrowed, mon
         replaced.append(len(kept))
         return kept
 
-    with OpenVinoRunner(bundle) as runner:
-        filtered_by_default = runner.run("step", feeds)["next_state"]
+    def computed():
+        with OpenVinoRunner(bundle, threads=2) as runner:
+            return runner.run("step", feeds)["next_state"]
+
+    by_default = computed()
     monkeypatch.setattr("sdrt.runners.openvino.filter_minimally", counted)
-    with OpenVinoRunner(bundle) as runner:
-        filtered = runner.run("step", feeds)["next_state"]
-    monkeypatch.setattr("sdrt.runners.openvino.filter_minimally", lambda model, **options: ())
-    with OpenVinoRunner(bundle) as runner:
-        plain = runner.run("step", feeds)["next_state"]
+    minimal = computed()
+    monkeypatch.setattr("sdrt.runners.openvino.is_x86", lambda: False)
+    plain = computed()
     assert sum(replaced) > 0
-    assert np.array_equal(filtered, filtered_by_default)
-    assert 0 < np.abs(filtered - plain).max() < FLOAT32_ERROR
+    assert np.array_equal(minimal, by_default)
+    assert 0 < np.abs(minimal - plain).max() < FLOAT32_ERROR

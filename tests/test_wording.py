@@ -30,6 +30,10 @@ KEPT = [
     'requests then bring a "depth_map"',
     "give a seed",
     "prompt is NoneType, not text",
+    "fill the gaps in: 0 is far away",
+    "image (1).png is not a file",
+    "/p/'height and width'.png is not a file",
+    "the prompt is too long: 'give image, num_inference_steps of height and width' was left out",
 ]
 
 
@@ -41,6 +45,12 @@ def test_a_field_is_called_by_its_option(said, shown):
 @pytest.mark.parametrize("said", KEPT)
 def test_what_is_no_field_is_kept(said):
     assert in_options(said) == said
+
+
+def test_arguments_of_the_command_are_kept():
+    given = ["run", "--image", "my mask_image (1).png", "--out", "height and width.png"]
+    assert in_options("my mask_image (1).png is not a file", given) == "my mask_image (1).png is not a file"
+    assert in_options("mask_image: height and width.png is there", given) == "--mask: height and width.png is there"
 
 
 def test_every_field_but_the_prompt_has_an_option():

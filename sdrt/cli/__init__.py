@@ -2,7 +2,6 @@
 
 import errno
 import io
-import os
 import re
 import signal
 import sys
@@ -13,7 +12,7 @@ import typer
 
 from sdrt._version import VERSION
 from sdrt.cli import bench, build, demo, doctor, inspect, run, schedulers, vae, verify
-from sdrt.cli.terminal import print_error, warnings_as_lines
+from sdrt.cli.terminal import discard, print_error, warnings_as_lines
 from sdrt.errors import Cancelled, OutputError, RequestError, SdrtError
 
 __all__ = ["app", "main", "run_command"]
@@ -89,11 +88,14 @@ def main() -> None:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code: 0, 2 for a bad argument, 130 after Ctrl-C, 1 for any other end."""
+    """Run one command line and return its exit code.
+
+    0, 2 for a bad argument, 130 for what was stopped (Ctrl-C, SIGTERM, SIGHUP), 1 for any other failure.
+    """
     options = list(arguments)
     own = options[: options.index("--")] if "--" in options else options
     as_json = "--json" in own
-    with warnings_as_lines():
+    with warnings_as_lines(options):
         try:
             code = typer.main.get_command(app).main(options, prog_name="sdrt", standalone_mode=False)
         except SystemExit as error:
@@ -101,7 +103,7 @@ def run_command(arguments: Sequence[str]) -> int:
         except BrokenPipeError:
             return _close_quietly()
         except (Exception, KeyboardInterrupt) as error:
-            return print_error(as_sdrt_error(error, options), as_json=as_json)
+            return print_error(as_sdrt_error(error, options), options, as_json=as_json)
     if code == Cancelled.exit_code:  # typer's own, where the command ended with Ctrl-C
         return print_error(as_sdrt_error(KeyboardInterrupt(), options), as_json=as_json)
     return code if isinstance(code, int) else 0
@@ -149,5 +151,5 @@ def _usage_error(error: BaseException, arguments: Sequence[str]) -> RequestError
 
 def _close_quietly() -> int:
     """The reader of our output has gone, as `head` does: say nothing, and keep Python from saying it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    discard(sys.stdout)
     return 1

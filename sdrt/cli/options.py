@@ -24,7 +24,7 @@ Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite what 
 
 def check_built(bundle: Path | None) -> Path | None:
     """BUNDLE as it is. Raises BundleError for the name of an embedded model, of which a bundle can be built."""
-    if bundle is not None and is_embedded(str(bundle)) and not bundle.exists():
+    if bundle is not None and str(bundle) in _EMBEDDED_MODELS and not bundle.exists():
         raise BundleError(
             f"{bundle} is a model, of which a bundle is to be built first",
             hint=f"sdrt build {bundle} --out {bundle}.sdrt, then name {bundle}.sdrt",
@@ -42,7 +42,9 @@ Size: TypeAlias = tuple[int, int]
 
 EMBEDDED = "shapes"
 EMBEDDED_CONTROLNET = "shapes-edges"
+_EMBEDDED_MODELS = (EMBEDDED, f"{EMBEDDED}-inpaint", f"{EMBEDDED}-upscale", f"{EMBEDDED}-depth")
 _PICTURE = Path("picture.png")  # for hints
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tiff", ".npy", ".npz")
 _SIZE = re.compile(r"([0-9]{1,6})[xX]([0-9]{1,6})")
 
 
@@ -81,7 +83,8 @@ def check_outputs(paths: Sequence[Path], suffix: str, *, force: bool) -> None:
 
     for path in paths:
         if path.suffix.lower() != suffix:
-            name = path / f"{_PICTURE.stem}{suffix}" if path.is_dir() else path.with_suffix(suffix)
+            stem = path.stem if path.suffix.lower() in _ENDINGS else path.name  # of v1.5, .5 is no ending
+            name = path / f"{_PICTURE.stem}{suffix}" if path.is_dir() else path.with_name(f"{stem}{suffix}")
             raise RequestError(f"the output {path} does not end in {suffix}", hint=f"name it so: --out {name}")
         if path.is_dir():
             raise RequestError(f"the output {path} is a folder", hint=f"name a file that ends in {suffix}")

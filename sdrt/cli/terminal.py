@@ -7,7 +7,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from sdrt.cli.wording import in_options
@@ -113,16 +114,23 @@ def _phase_lines() -> Progress:
         if stage == current or done >= total:
             return
         current = stage
-        # Whoever reads the lines may leave; the work goes on without them.
-        with contextlib.suppress(OSError):
+        try:
             print(f"{time.monotonic() - began:5.0f} s  {one_line(stage)}", file=sys.stderr, flush=True)
+        except OSError:  # whoever read the lines has left; the work goes on without them
+            discard(sys.stderr)
 
     return report
 
 
+def discard(stream: TextIO) -> None:
+    """Write nothing to a stream any more, whose reader has left: what it still holds would fail again at the end."""
+    with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:  # or it has no file to replace
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
 @contextlib.contextmanager
-def warnings_as_lines() -> Iterator[None]:
-    """Print each UserWarning as one line, `warning: …`, and no other warning."""
+def warnings_as_lines(given: Collection[str] = ()) -> Iterator[None]:
+    """Print each UserWarning as one line, `warning: …`, and no other warning. given: see `print_warning`."""
 
     def show(
         message: Warning | str,
@@ -133,7 +141,7 @@ def warnings_as_lines() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if issubclass(category, UserWarning):
-            print_warning(str(message))
+            print_warning(str(message), given)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
@@ -141,21 +149,21 @@ def warnings_as_lines() -> Iterator[None]:
         yield
 
 
-def print_warning(message: str) -> None:
-    """One line on stderr, with options instead of fields."""
-    _say("warning", "bold yellow", in_options(message))
+def print_warning(message: str, given: Collection[str] = ()) -> None:
+    """One line on stderr, with options instead of fields. given: the command's arguments, which stay as they are."""
+    _say("warning", "bold yellow", in_options(message, given))
 
 
-def print_error(error: SdrtError, *, as_json: bool) -> int:
+def print_error(error: SdrtError, given: Collection[str] = (), *, as_json: bool) -> int:
     """Two lines on stderr, with --json also an object on stdout; returns the exit code.
 
-    What is wrong with a request is said of the options that make it.
+    What is wrong with a request is said of the options that make it. given: see `print_warning`.
     """
     if debugging():
         traceback.print_exception(error, file=sys.stderr)
     message, hint = error.message, error.hint
     if isinstance(error, RequestError):
-        message, hint = in_options(message), in_options(hint)
+        message, hint = in_options(message, given), in_options(hint, given)
     _say("error", "bold red", message)
     _say("hint", "bold", hint)
     if as_json:

@@ -32,6 +32,11 @@ def native_precision() -> Literal["bf16", "fp32"]:
     return "bf16" if cpu_features().intersection(BF16_FEATURES) else "fp32"
 
 
+def is_x86() -> bool:
+    """Whether its instructions are those of Intel's and AMD's CPUs."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def float32_lanes() -> int:
     """How many float32 numbers this CPU multiplies in one instruction, as far as the system tells; 8 of AVX2 else."""
     return 16 if "avx512f" in cpu_features() else 8

@@ -10,7 +10,7 @@ import numpy as np
 from sdrt.bundle import Bundle, ComponentRecord
 from sdrt.errors import BackendError
 from sdrt.runners.base import IN_FLOAT32, STEP, TEXT_ENCODER, VAE_DECODER, Array, FloatArray
-from sdrt.runners.cpu import available_cores, float32_lanes
+from sdrt.runners.cpu import available_cores, float32_lanes, is_x86
 from sdrt.runners.feeds import asked_component, checked_feeds
 from sdrt.runners.mapped_files import MappedFiles
 from sdrt.runners.usual import Shapes, usual_shapes
@@ -33,8 +33,8 @@ class OpenVinoRunner:
         self._bundle = bundle
         self._core: Any = openvino.Core()
         self._threads = available_cores() if threads is None else threads
-        # By component, and whether for its usual shapes alone; each with the weights that it reads.
-        self._requests: dict[tuple[str, bool], tuple[Any, MappedFiles]] = {}
+        # By component, and whether for its usual shapes alone; each with what holds the weights that it reads.
+        self._requests: dict[tuple[str, bool], tuple[Any, object]] = {}
         self._closed = False
         self._usual: dict[str, Shapes | None] = {
             record.name: usual_shapes(bundle, record) for record in bundle.manifest.components
@@ -78,26 +78,25 @@ class OpenVinoRunner:
     ) -> None:
         self.close()
 
-    def _request(self, component: ComponentRecord, *, usual: bool) -> tuple[Any, MappedFiles]:
+    def _request(self, component: ComponentRecord, *, usual: bool) -> tuple[Any, object]:
         key = (component.name, usual)
         if key not in self._requests:
             self._requests[key] = self._compile(component, self._usual[component.name] if usual else None)
         return self._requests[key]
 
-    def _compile(self, component: ComponentRecord, shapes: Shapes | None) -> tuple[Any, MappedFiles]:
+    def _compile(self, component: ComponentRecord, shapes: Shapes | None) -> tuple[Any, object]:
         path = self._bundle.file(component.files[0])
         try:
             model, weights = read_ir(self._core, [self._bundle.file(file) for file in component.files])
             with weights.given_back():  # what is compiled has its own copy of nearly all of them
                 settings = self._settings(component.name)
-                replaced: tuple[Any, ...] = ()  # kept until the model is compiled
+                replaced: tuple[Any, ...] = ()
                 if shapes is not None:
                     model.reshape({name: list(shape) for name, shape in shapes.items()})
-                    if settings["INFERENCE_PRECISION_HINT"] == "f32":
-                        replaced = filter_minimally(model, lanes=float32_lanes())
+                    if settings["INFERENCE_PRECISION_HINT"] == "f32" and is_x86():
+                        replaced = filter_minimally(model, lanes=float32_lanes(), threads=self._threads)
                 request = self._core.compile_model(model, "CPU", settings).create_infer_request()
-                del replaced
-                return request, weights
+                return request, (weights, replaced)
         except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise BackendError(
                 f"OpenVINO cannot open {path}: {_last_line(error)}",

@@ -3,7 +3,8 @@
 A convolution of 3×3 takes 9 multiplications for each value of each filter and channel. F(4×4, 3×3) takes 36 for a tile
 of 4×4 values, a quarter: what the tile reads, 6×6, is transformed by B, the filter by G, both are multiplied at each
 of 36 places, over all channels at once, and transformed back by A: y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ x B)] A.
-See Lavin and Gray 2016, arXiv:1509.09308. Its error is about that of float32, which is what it is meant for.
+See Lavin and Gray 2016, arXiv:1509.09308. It is meant for float32, whose error it doubles; a value that is not finite
+spreads in its image further than in a convolution.
 """
 
 from collections.abc import Sequence
@@ -28,9 +29,10 @@ _BLOCK_BYTES = 20 * 2**20
 # Filters are transformed in groups, of which memory holds one at a time.
 _GROUP_BYTES = 60 * 2**20
 
-# What transforming takes the memory's time for, a value in or out and a weight, in the time of a multiplication with
-# AVX2. Measured on layers of SD1.5: 320 channels at 64×64, 640 at 32×32, 1,280 at 16×16, 128 to 512 in the VAE.
-_VALUE_COST, _WEIGHT_COST = 420, 1600
+# What transforming takes of the memory's time, a value in or out and a weight, in the time of a multiplication.
+# Measured on layers of SD1.5 (320 channels at 64×64, 640 at 32×32, 1,280 at 16×16, 128 to 512 in the VAE) with two
+# threads of an EPYC with AVX2. With more of them, or wider ones, the memory is taken to be no faster.
+_VALUE_COST, _WEIGHT_COST, _MEASURED_LANES = 420, 1600, 8 * 2
 _LEAST_GAIN = 1.3
 
 Matrix = npt.NDArray[np.float64]
@@ -53,22 +55,25 @@ def transforms() -> tuple[Matrix, Matrix, Matrix]:
     return of_data * scales[:, None], of_filters / scales[:, None], of_products
 
 
-def gain(images: int, channels: int, filters: int, height: int, width: int, *, lanes: int) -> float:
-    """How many times faster than the convolution itself it should be; lanes: floats that one instruction multiplies."""
+def gain(images: int, channels: int, filters: int, height: int, width: int, *, lanes: int, threads: int) -> float:
+    """How many times faster than the convolution itself it should be.
+
+    lanes: how many float32 numbers one instruction of a thread multiplies.
+    """
     pixels = images * height * width
     direct = KERNEL * KERNEL * channels * filters * pixels
     moved = _VALUE_COST * (channels + filters) * pixels + _WEIGHT_COST * channels * filters
-    return direct / (direct * PLACES / (TILE * TILE * KERNEL * KERNEL) + moved * lanes / 8)
+    return direct / (direct * PLACES / (TILE * TILE * KERNEL * KERNEL) + moved * lanes * threads / _MEASURED_LANES)
 
 
-def filter_minimally(model: "ov.Model", *, lanes: int = 8) -> tuple["ov.Node", ...]:
+def filter_minimally(model: "ov.Model", *, lanes: int, threads: int) -> tuple["ov.Node", ...]:
     """Replace those convolutions of a model with static shapes that become faster by it. Returns their weights.
 
-    They have to be kept as long as the model is used: it still reads their memory. Filters are transformed anew in each
-    run, as they would take four times their memory; so the model has no constants that it did not have.
+    They have to be kept as long as what is compiled from the model, which may still read their memory. Filters are
+    transformed anew in each run: kept so, they would take four times their memory.
     """
     eligible = [node for node in model.get_ordered_ops() if _is_eligible(node)]
-    chosen = [node for node in eligible if gain(*_sizes(node), lanes=lanes) >= _LEAST_GAIN]
+    chosen = [node for node in eligible if gain(*_sizes(node), lanes=lanes, threads=threads) >= _LEAST_GAIN]
     if not chosen:
         return ()
     weights = tuple(node.input_value(1).get_node() for node in chosen)

@@ -89,6 +89,7 @@ def test_a_typo_is_answered_with_a_suggestion(tiny_bundle, capsys):
         (("--out", "."), "the output . does not end in .png", "name it so: --out picture.png"),
         (("--out", ".", "-n", 2), "--out is '.', a folder", "name a file: --out picture.png"),
         (("--out", "some/a.jpg"), "the output some/a.jpg does not end in .png", "name it so: --out some/a.png"),
+        (("--out", "v1.5"), "the output v1.5 does not end in .png", "name it so: --out v1.5.png"),
     ],
 )
 def test_a_bad_option_is_told_in_plain_words_and_how_to_write_it(arguments, error, hint, tiny_bundle, capsys):
