@@ -107,7 +107,6 @@ def _measure_against(
 ) -> Evidence:
     precision, total = subject.manifest.precision, len(reference.results) + 1
     parities = {}
-    usual = None
     # One after the other: golden inputs have shapes of their own, and two sets of engines need twice the memory.
     with open_runner(_for_any_shape(bundle), threads=threads) as runner:
         for done, (name, golden) in enumerate(reference.results.items()):

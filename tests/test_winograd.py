@@ -51,8 +51,8 @@ def any_gain(monkeypatch):
 def test_its_transforms_filter_one_dimension():
     of_data, of_filters, of_products = winograd.transforms()
     data, weights = np.split(np.random.default_rng(0).standard_normal(9), [6])
-    filtered = of_products @ ((of_filters @ weights) * (of_data @ data))
-    assert np.allclose(filtered, np.correlate(data, weights, "valid"), atol=1e-12)
+    values = of_products @ ((of_filters @ weights) * (of_data @ data))
+    assert np.allclose(values, np.correlate(data, weights, "valid"), atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite what 
 
 def check_built(bundle: Path | None) -> Path | None:
     """BUNDLE as it is. Raises BundleError for the name of an embedded model, of which a bundle can be built."""
-    if bundle is not None and str(bundle) in _EMBEDDED_MODELS and not bundle.exists():
+    if bundle is not None and not bundle.exists() and _is_embedded_model(str(bundle)):
         raise BundleError(
             f"{bundle} is a model, of which a bundle is to be built first",
             hint=f"sdrt build {bundle} --out {bundle}.sdrt, then name {bundle}.sdrt",
@@ -42,7 +42,6 @@ Size: TypeAlias = tuple[int, int]
 
 EMBEDDED = "shapes"
 EMBEDDED_CONTROLNET = "shapes-edges"
-_EMBEDDED_MODELS = (EMBEDDED, f"{EMBEDDED}-inpaint", f"{EMBEDDED}-upscale", f"{EMBEDDED}-depth")
 _PICTURE = Path("picture.png")  # for hints
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tiff", ".npy", ".npz")
 _SIZE = re.compile(r"([0-9]{1,6})[xX]([0-9]{1,6})")
@@ -95,6 +94,16 @@ def check_outputs(paths: Sequence[Path], suffix: str, *, force: bool) -> None:
 def is_embedded(model: str) -> bool:
     """Whether MODEL names the embedded model or a variant of it, and no path."""
     return model == EMBEDDED or (model.startswith(f"{EMBEDDED}-") and not Path(model).exists())
+
+
+def _is_embedded_model(name: str) -> bool:
+    """Whether an embedded model of this very name is one of which a bundle can be built: a ControlNet is not."""
+    if not is_embedded(name):
+        return False
+    from sdrt.models.shapes.variants import VARIANTS
+
+    variant = VARIANTS.get(name.removeprefix(f"{EMBEDDED}-"))
+    return name == EMBEDDED or (variant is not None and variant.pipeline is not None)
 
 
 def model_folder(model: str) -> Path:

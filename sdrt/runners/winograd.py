@@ -111,22 +111,24 @@ def _filtered(node: "ov.Node") -> "ov.Node":
     """What the node gives, [N, K, H, W], put together from blocks of groups of filters."""
     images, channels, filters, height, width = _sizes(node)
     data = _reshaped(node.input_value(0), [images * channels, height, width])
-    patches = []
-    for down in _spans(height, _block_height(images * channels, width)):
+    spans_down, spans_across = _spans(height, _block_height(images * channels, width)), _spans(width, _BLOCK_WIDTH)
+    patches = {}
+    for down in spans_down:
         row = _cut(data, down, height, axis=1)
-        for across in _spans(width, _BLOCK_WIDTH):
+        for across in spans_across:
             block = _cut(row, across, width, axis=2)
-            patches.append(_transformed_data(block, _spread(down, height), _spread(across, width), images))
+            patches[down, across] = _transformed_data(block, _spread(down, height), _spread(across, width), images)
     groups: list[ov.Node] = []
     for group in _spans(filters, max(_GROUP_BYTES // (4 * PLACES * channels), 1)):
         # Each waits for the one before it, so that the filters of one at a time are held transformed.
         transformed = _transformed_filters(node.input_value(1), group, groups[-1] if groups else data)
-        blocks = iter([_product(transformed, block) for block in patches])
         rows = []
-        for down in _spans(height, _block_height(images * channels, width)):
-            spans = _spans(width, _BLOCK_WIDTH)
-            row = [_values(next(blocks), [images, len(group), len(down), len(across)]) for across in spans]
-            rows.append(_joined(row, axis=3))
+        for down in spans_down:
+            sizes = (images, len(group), len(down))
+            blocks = [
+                _values(_product(transformed, patches[down, across]), [*sizes, len(across)]) for across in spans_across
+            ]
+            rows.append(_joined(blocks, axis=3))
         groups.append(_joined(rows, axis=2))
     return _joined(groups, axis=1)
 
