@@ -1,6 +1,8 @@
 """Engines for the usual shapes: which bundles have them, and that they compute what the dynamic ones compute."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,9 +58,6 @@ def test_one_size_and_one_image_at_a_time_have_usual_shapes(narrowed):
     feeds = step_feeds(bundle, requests=1, lanes=2)
     assert shapes_of(bundle, "step") == {name: array.shape for name, array in feeds.items()}
     assert shapes_of(bundle, "text_encoder") == {"input_ids": (1, bundle.manifest.model.text_length)}
-    factor = bundle.manifest.model.vae_downsample
-    channels = bundle.manifest.model.latent_channels
-    assert shapes_of(bundle, "vae_decoder") in (None, {"latent_sample": (1, channels, 64 // factor, 128 // factor)})
 
 
 @pytest.mark.parametrize(
@@ -69,13 +68,17 @@ def test_no_shape_is_usual_in_a_bundle_for_several(narrowed, changes):
     assert all(usual_shapes(bundle, component) is None for component in bundle.manifest.components)
 
 
-def test_a_size_that_is_decoded_in_tiles_has_no_usual_shape_for_the_vae(narrowed):
+def test_a_size_that_goes_through_the_vae_in_tiles_has_no_usual_shape_for_it(narrowed):
     bundle = narrowed()
-    small = replace(bundle.manifest.model, default_height=64, default_width=64)
-    large = replace(bundle.manifest.model, default_height=128, default_width=128)
-    for model, expected in ((small, False), (large, True)):
-        subject = Bundle(path=bundle.path, manifest=replace(bundle.manifest, model=model))
-        assert (shapes_of(subject, "vae_decoder") is not None) is expected
+    model = bundle.manifest.model
+    latents = (1, model.latent_channels, 64 // model.vae_downsample, 128 // model.vae_downsample)
+    for default, expected in (
+        (64, {"vae_decoder": None, "vae_encoder": None}),
+        (128, {"vae_decoder": {"latent_sample": latents}, "vae_encoder": {"sample": (1, 3, 64, 128)}}),
+    ):
+        sized = replace(model, default_height=default, default_width=default)
+        subject = Bundle(path=bundle.path, manifest=replace(bundle.manifest, model=sized))
+        assert {name: shapes_of(subject, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(("requests", "lanes"), [(1, 2), (1, 1), (2, 4)], ids=["usual", "unguided", "two"])
@@ -96,3 +99,28 @@ def test_an_unusual_run_between_does_not_change_a_usual_one(narrowed):
         before = runner.run("step", usual)["next_state"]
         runner.run("step", unusual)
         np.testing.assert_array_equal(runner.run("step", usual)["next_state"], before)
+
+
+def resident_mebibytes():
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("max_batch", "turns"), [(1, True), (2, False)], ids=["one image at a time", "batches"])
+def test_engines_for_one_image_at_a_time_hold_memory_in_turns(narrowed, max_batch, turns):
+    bundle = narrowed(max_batch=max_batch)
+    model = bundle.manifest.model
+    small = {"input_ids": np.zeros((1, model.text_length), np.int64)}
+    large = {"latent_sample": np.zeros((1, model.latent_channels, 192, 192), np.float32)}
+    with open_runner(bundle, threads=1) as runner:
+        runner.run("text_encoder", small)
+        before = resident_mebibytes()
+        first = runner.run("vae_decoder", large)["sample"]
+        held = resident_mebibytes() - before
+        runner.run("text_encoder", small)
+        still_held = resident_mebibytes() - before
+        again = runner.run("vae_decoder", large)["sample"]
+    assert held > 50
+    assert (still_held < held / 3) is turns
+    np.testing.assert_array_equal(first, again)
