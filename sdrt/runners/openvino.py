@@ -44,10 +44,10 @@ class OpenVinoRunner:
         self._usual: dict[str, Shapes | None] = {
             record.name: usual_shapes(bundle, record) for record in bundle.manifest.components
         }
-        self._take_turns = bundle.manifest.precision == "fp32" and self._usual[STEP] is not None
-        self._ran_last: Any = None
         for name in _OPENED_AT_ONCE:
             self._request(bundle.component(name), usual=self._usual[name] is not None)
+        self._take_turns = bundle.manifest.precision == "fp32" and self._usual[STEP] is not None
+        self._ran_last: Any = None
 
     def run(self, component: str, feeds: Mapping[str, Array]) -> dict[str, FloatArray]:
         """See `Runner.run`."""
