@@ -8,7 +8,9 @@ from typing import ClassVar
 from sdrt.bundle import BackendName, JsonValue, Precision
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.onnx_files import MODEL_NAME, external_files, lend_file, load_graph, place_file, write_divided
+from sdrt.engines.onnx_norms import sum_in_rows
 from sdrt.errors import BackendError
+from sdrt.files import write_atomically
 from sdrt.progress import Progress, silent
 from sdrt.runners.base import STEP
 from sdrt.runners.precisions import precisions_of
@@ -50,6 +52,14 @@ class OnnxRuntimeBuilder:
         self, source: ComponentSource, precision: Precision, folder: Path, *, progress: Progress = silent
     ) -> Sequence[str]:
         """Write model.onnx and its weights as real files; see `EngineBuilder.build`."""
+        names = self._place(source, folder)
+        model = load_graph(folder / MODEL_NAME)
+        if sum_in_rows(model):
+            # In place of what may be a link to the ONNX folder's own file.
+            write_atomically(folder / MODEL_NAME, model.SerializeToString(), overwrite=True, durable=False)
+        return names
+
+    def _place(self, source: ComponentSource, folder: Path) -> Sequence[str]:
         if source.name == STEP and source.controls and not self.lend:
             return write_divided(source.onnx_path, folder)
         place = lend_file if self.lend else place_file

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sdrt.bundle import BackendName, JsonValue, Precision
 from sdrt.engines.base import ComponentSource
 from sdrt.engines.openvino_ir import MODEL_NAME, WEIGHTS_NAME, divide_weights, keep_float32
+from sdrt.engines.openvino_norms import sum_in_rows
 from sdrt.engines.step_graph import PREFIX, TIMESTEP
 from sdrt.errors import BackendError, BuildError, OutputError
 from sdrt.progress import Progress, silent
@@ -71,6 +72,7 @@ class OpenVinoBuilder:
         try:
             model = openvino.Core().read_model(source.onnx_path)
             _fix_dimensions(model, source)
+            sum_in_rows(model)
             kept = _float32_nodes(model, source.name) if precision == "bf16" else set()
         except RuntimeError as error:
             raise BuildError(
