@@ -1,6 +1,6 @@
 """Group norms of an ONNX graph whose sums stay exact in ONNX Runtime: added up row by row, then row to row.
 
-Its kernel for the CPU adds up a group's values one after the other in float32, with the same errors as OpenVINO's: see
+Its kernel for the CPU adds up a whole group in a few running sums in float32, with errors like those of OpenVINO's: see
 `openvino_norms`.
 """
 
@@ -13,23 +13,27 @@ import onnx
 from onnx import helper, numpy_helper
 
 _AXES_ARE_AN_INPUT = 18  # of reductions, from this opset on
+_FLAT = 2  # dimensions of [N, C], which has no rows
 
 
 def sum_in_rows(model: onnx.ModelProto) -> int:
     """Write every group norm as reductions of each row of an image, and of those of a group. Returns how many.
 
-    As exporters write one, it is x [N, C, …, W] → [N, groups, values] → InstanceNormalization with scales of one and
-    biases of zero; what follows applies the own ones. Others are left as they are.
+    As exporters write one up to opset 20, it is x [N, C, …, W] → [N, groups, values] → InstanceNormalization with
+    scales of one and biases of zero; what follows applies the own ones. Others are left as they are, and so are those
+    of FP16 graphs, where a Cast lies between.
     """
     graph = model.graph
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     makers = {name: node for node in graph.node for name in node.output}
     constants = _constants(graph)
+    shapes = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}
+    flat = {name for name, kind in shapes.items() if kind.HasField("shape") and len(kind.shape.dim) <= _FLAT}
     nodes: list[onnx.NodeProto] = []
     count = 0
     for node in graph.node:
         grouped = makers.get(node.input[0]) if node.op_type == "InstanceNormalization" else None
-        if grouped is None or not _is_group_norm(node, grouped, constants):
+        if grouped is None or grouped.input[0] in flat or not _is_group_norm(node, grouped, constants):
             nodes.append(node)
             continue
         nodes += _in_rows(node, image=grouped.input[0], pattern=grouped.input[1], opset=opset)
@@ -68,33 +72,29 @@ def _is_group_norm(node: onnx.NodeProto, grouped: onnx.NodeProto, constants: Map
 def _in_rows(node: onnx.NodeProto, *, image: str, pattern: str, opset: int) -> Sequence[onnx.NodeProto]:
     """The nodes that give what `node` gives. image: of it, with its width last; pattern: the shape of its groups."""
     grouped, (result,) = node.input[0], node.output
-    prefix = f"{node.name or result}/in_rows"
     epsilon = next((entry.f for entry in node.attribute if entry.name == "epsilon"), 1e-5)
     nodes: list[onnx.NodeProto] = []
 
     def add(operator: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:  # noqa: ANN401
-        output = result if name == "normalised" else f"{prefix}/{name}"
-        nodes.append(helper.make_node(operator, inputs, [output], name=f"{prefix}/{name}", **attributes))
+        own = f"{result}/in_rows/{name}"
+        output = result if name == "normalised" else own
+        nodes.append(helper.make_node(operator, inputs, [output], name=own, **attributes))
         return output
 
     def constant(name: str, value: npt.NDArray[np.generic]) -> str:
         return add("Constant", [], name, value=numpy_helper.from_array(value))
 
-    def reduce(operator: str, value: str, axis: int, name: str) -> str:
+    def mean(value: str, axis: int, name: str) -> str:
         if opset >= _AXES_ARE_AN_INPUT:
-            axes = constant(f"axes of {name}", np.array([axis], np.int64))
-            return add(operator, [value, axes], name, keepdims=1)
-        return add(operator, [value], name, axes=[axis], keepdims=1)
+            return add("ReduceMean", [value, constant(f"axes of {name}", np.array([axis], np.int64))], name, keepdims=1)
+        return add("ReduceMean", [value], name, axes=[axis], keepdims=1)
 
-    shape = add("Shape", [image], "shape")
-    last = constant("last", np.array([-1], np.int64))
-    width = add("Cast", [add("Gather", [shape, last], "size")], "width", to=onnx.TensorProto.FLOAT)
-    means = reduce("ReduceMean", image, -1, "means")
-    mean = reduce("ReduceMean", add("Reshape", [means, pattern], "grouped means"), 2, "mean")
-    centred = add("Sub", [grouped, mean], "centred")
-    squares = reduce("ReduceSumSquare", add("Reshape", [centred, shape], "rows"), -1, "squares")
-    square = reduce("ReduceMean", add("Reshape", [squares, pattern], "grouped squares"), 2, "square")
-    variance = add("Div", [square, width], "variance")
+    def mean_in_rows(value: str, name: str) -> str:
+        return mean(add("Reshape", [mean(value, -1, f"{name}s of rows"), pattern], f"{name}s of groups"), 2, name)
+
+    centred = add("Sub", [grouped, mean_in_rows(image, "mean")], "centred")
+    rows = add("Reshape", [centred, add("Shape", [image], "shape")], "rows")
+    variance = mean_in_rows(add("Mul", [rows, rows], "squares"), "variance")
     with_epsilon = add("Add", [variance, constant("epsilon", np.array(epsilon, np.float32))], "with epsilon")
     add("Div", [centred, add("Sqrt", [with_epsilon], "deviation")], "normalised")
     return nodes

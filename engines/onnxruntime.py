@@ -1,4 +1,4 @@
-"""Engines for ONNX Runtime: the ONNX files themselves, in float32 or as mixed FP16 graphs, made complete."""
+"""Engines for ONNX Runtime: the ONNX files, in float32 or as mixed FP16 graphs, made complete and exact."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from sdrt.engines.onnx_norms import sum_in_rows
 from sdrt.errors import BackendError
 from sdrt.files import write_atomically
 from sdrt.progress import Progress, silent
-from sdrt.runners.base import STEP
+from sdrt.runners.base import IN_PIXELS, STEP
 from sdrt.runners.precisions import precisions_of
 
 
@@ -51,11 +51,10 @@ class OnnxRuntimeBuilder:
     def build(
         self, source: ComponentSource, precision: Precision, folder: Path, *, progress: Progress = silent
     ) -> Sequence[str]:
-        """Write model.onnx and its weights as real files; see `EngineBuilder.build`."""
+        """Write model.onnx, a VAE's group norms in rows, and its weights as real files; see `EngineBuilder.build`."""
         names = self._place(source, folder)
-        model = load_graph(folder / MODEL_NAME)
-        if sum_in_rows(model):
-            # In place of what may be a link to the ONNX folder's own file.
+        if source.name in IN_PIXELS and sum_in_rows(model := load_graph(folder / MODEL_NAME)):
+            # In the place of the file, which may be a link to the ONNX folder's own.
             write_atomically(folder / MODEL_NAME, model.SerializeToString(), overwrite=True, durable=False)
         return names
 

@@ -20,6 +20,7 @@ from sdrt.runners.base import (
     CONTROL_EMBEDDING,
     DEPTH_ESTIMATOR,
     IN_FLOAT32,
+    IN_PIXELS,
     STEP,
     TEXT_ENCODER,
     TINY_VAE_DECODER,
@@ -72,7 +73,8 @@ class OpenVinoBuilder:
         try:
             model = openvino.Core().read_model(source.onnx_path)
             _fix_dimensions(model, source)
-            sum_in_rows(model)
+            if source.name in IN_PIXELS:
+                sum_in_rows(model)
             kept = _float32_nodes(model, source.name) if precision == "bf16" else set()
         except RuntimeError as error:
             raise BuildError(

@@ -1,8 +1,9 @@
 """Group norms of an OpenVINO model whose sums stay exact: added up row by row, not from end to end of a group.
 
-The CPU plugin adds up a group's values one after the other in float32. At 512×512 these are a million, and where an
-image is flat each addition is rounded the same way: a VAE's latents were off by 5e-3 beside a drawing's edges, which
-is more than one level of 255. Summed in rows they are off by 3e-5, in the same time.
+The CPU plugin adds up all values of a group in a few running sums in float32. At 512×512 these are a million, and where
+a picture is flat each addition is rounded the same way: the latents that a VAE with random weights made of a drawing
+were off by 5e-3 beside its edges. Summed in rows they are off by 3e-5, in the same time. Small maps take longer by it:
+with the step's norms in rows too, a batch of images of `shapes` took 11 % longer.
 """
 
 from typing import TYPE_CHECKING
@@ -18,8 +19,8 @@ _FLAT = 2  # dimensions of [N, C], which has no rows
 def sum_in_rows(model: "ov.Model") -> int:
     """Let every group norm add up each row of an image on its own, then the rows' sums. Returns how many there are.
 
-    As exporters write one, it is x [N, C, …, W] → [N, groups, values], normalised along its values; the plugin sums
-    [N · groups, rows, W] in rows. What the model computes is the same but for its rounding, of any size.
+    As exporters write one up to opset 20, it is x [N, C, …, W] → [N, groups, values], normalised along its values; the
+    plugin sums [N · groups, rows, W] in rows. What the model computes is the same but for its rounding, of any size.
     """
     found = [node for node in model.get_ordered_ops() if _is_group_norm(node)]
     for node in found:

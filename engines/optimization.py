@@ -12,6 +12,7 @@ from sdrt.errors import BuildError
 from sdrt.runners.base import (
     CONTROL_EMBEDDING,
     DEPTH_ESTIMATOR,
+    IN_PIXELS,
     STEP,
     TEXT_ENCODER,
     TINY_VAE_DECODER,
@@ -75,7 +76,7 @@ def _ranges(source: ComponentSource) -> list[dict[str, Range]]:
     length = {"length": _fixed(profile.text_length)}
     if source.name == TEXT_ENCODER:
         return [length | {"batch": _fixed(1)}]
-    if source.name in (VAE_DECODER, VAE_DECODER_FLOAT32, TINY_VAE_DECODER, VAE_ENCODER):
+    if source.name in IN_PIXELS:
         return [_vae_ranges(source)]
     if source.name == CONTROL_EMBEDDING:
         height, width = (LARGEST_FACTOR * side for side in profile.maximum)  # the whole of an image in windows

@@ -74,7 +74,7 @@ def find_reference(
     bundle = runtime_bundle(folder, sources, manifest, work)
     with open_runner(bundle, threads=threads) as runner:
         image = make_image(bundle, runner, request)
-    own = f"ONNX Runtime {bundle.manifest.backend.version}, float32, on the given ONNX"
+    own = f"ONNX Runtime {bundle.manifest.backend.version}, float32, on the given ONNX, the VAE's group norms in rows"
     description = own if folder.reference is None else f"{folder.reference}; the image: {own}"
     return Reference(description=description, request=request, results=results, image=image)
 
@@ -89,7 +89,7 @@ def golden_inputs(folder: OnnxFolder, profile: ShapeProfile) -> dict[str, Mappin
 
 
 def runtime_bundle(folder: OnnxFolder, sources: Sequence[ComponentSource], manifest: Manifest, work: Path) -> Bundle:
-    """A bundle in `work`, for a moment, that runs `sources` as they are in ONNX Runtime; its files are lent."""
+    """A bundle in `work`, for a moment, that runs `sources` in ONNX Runtime; its files are lent."""
     (work / "tokenizer").mkdir()
     for file in folder.tokenizer_files():
         lend_file(file, work / "tokenizer" / file.name)

@@ -1,5 +1,6 @@
 """Group norms on the CPU: sums that stay exact on flat images, of any size, in the engines of both backends."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,23 @@ from onnx import TensorProto, helper, numpy_helper
 from sdrt.engines import onnx_norms, openvino_norms
 from sdrt.engines.onnx_files import load_graph
 from sdrt.engines.onnx_session import run_onnx
+from sdrt.engines.onnxruntime import OnnxRuntimeBuilder
+from tests.component_source import source_of
 
 GROUPS, CHANNELS, EPSILON = 2, 8, 1e-6
 SHAPES = [(1, CHANNELS, 512, 512), (2, CHANNELS, 24, 40), (2, CHANNELS, 24, 1), (1, CHANNELS, 600)]
 
 
-def group_norm(path, *, rank=4, opset=20, scale=1.0, bias=0.0, grouped=(0, GROUPS, -1)):
-    """As PyTorch's exporter writes one, of any size."""
+def group_norm(path, *, rank=4, opset=20, scale=1.0, bias=0.0, grouped=(0, GROUPS, -1), constant_nodes=False):
+    """As PyTorch's exporter writes one, of any size; constant_nodes: as its older one does."""
+    constants = [
+        numpy_helper.from_array(np.array(grouped, np.int64), "grouped"),
+        numpy_helper.from_array(np.full(GROUPS, scale, np.float32), "scale"),
+        numpy_helper.from_array(np.full(GROUPS, bias, np.float32), "bias"),
+    ]
     graph = helper.make_graph(
         [
+            *[helper.make_node("Constant", [], [entry.name], value=entry) for entry in constants if constant_nodes],
             helper.make_node("Reshape", ["x", "grouped"], ["a"]),
             helper.make_node("InstanceNormalization", ["a", "scale", "bias"], ["b"], epsilon=EPSILON),
             helper.make_node("Shape", ["x"], ["shape"]),
@@ -28,11 +37,7 @@ def group_norm(path, *, rank=4, opset=20, scale=1.0, bias=0.0, grouped=(0, GROUP
         "norm",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", CHANNELS, *"hw"[: rank - 2]])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * rank)],
-        [
-            numpy_helper.from_array(np.array(grouped, np.int64), "grouped"),
-            numpy_helper.from_array(np.full(GROUPS, scale, np.float32), "scale"),
-            numpy_helper.from_array(np.full(GROUPS, bias, np.float32), "bias"),
-        ],
+        [] if constant_nodes else constants,
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), path)
     return path
@@ -76,9 +81,10 @@ def test_a_flat_image_is_normalised_exactly(tmp_path, shape, evaluate):
     assert np.abs(y - exact(x)).max() <= 1e-4  # 9e-4 at 512×512 when added up from end to end
 
 
-def test_an_older_opset_says_its_axes_otherwise(tmp_path):
+@pytest.mark.parametrize("evaluate", [by_openvino, by_onnx_runtime])
+def test_an_older_exporter_says_it_otherwise(tmp_path, evaluate):
     x = drawing((1, CHANNELS, 16, 16))
-    count, y = by_onnx_runtime(group_norm(tmp_path / "norm.onnx", opset=17), x)
+    count, y = evaluate(group_norm(tmp_path / "norm.onnx", opset=17, constant_nodes=True), x)
     assert count == 1
     assert np.abs(y - exact(x)).max() <= 1e-5
 
@@ -100,11 +106,46 @@ def test_scales_and_biases_of_the_norm_itself_are_not_lost(tmp_path, own):
         assert np.abs(evaluate(path, x)[1] - expected).max() <= 1e-5
 
 
-@pytest.mark.parametrize("component", ["step", "vae_decoder", "vae_encoder"])
-def test_every_group_norm_of_an_engine_adds_up_in_rows(tiny_export, tiny_bundle, onnx_bundle, component):
-    exported = tiny_export / {"step": "unet"}.get(component, component) / "model.onnx"
+@pytest.mark.parametrize("evaluate", [by_openvino, by_onnx_runtime])
+def test_values_without_rows_stay_as_they_are(tmp_path, evaluate):
+    x = np.arange(2 * CHANNELS, dtype=np.float32).reshape(2, CHANNELS)
+    count, y = evaluate(group_norm(tmp_path / "norm.onnx", rank=2), x)
+    assert count == 0
+    assert np.abs(y - exact(x)).max() <= 1e-5
+
+
+def test_an_ir_keeps_them_when_it_is_compiled_for_one_shape(tmp_path):
+    x = drawing(SHAPES[0])
+    core = openvino.Core()
+    model = core.read_model(group_norm(tmp_path / "norm.onnx"))
+    openvino_norms.sum_in_rows(model)
+    openvino.save_model(model, tmp_path / "norm.xml", compress_to_fp16=False)
+    read = core.read_model(tmp_path / "norm.xml")
+    read.reshape(x.shape)
+    y = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({"x": x})[0]
+    assert np.abs(y - exact(x)).max() <= 1e-4
+
+
+def test_the_onnx_folder_is_not_written_to_through_a_link(tiny_export, onnx_bundle, tmp_path):
+    exported = tiny_export / "vae_encoder" / "model.onnx"
+    source = replace(source_of(onnx_bundle, "vae_encoder"), onnx_path=exported)
+    before = exported.read_bytes()
+    OnnxRuntimeBuilder(lend=True).build(source, "fp32", tmp_path)
+    assert (tmp_path / "model.onnx").read_bytes() != before
+    assert exported.read_bytes() == before
+
+
+@pytest.mark.parametrize("component", ["vae_decoder", "vae_encoder"])
+def test_every_group_norm_of_a_vae_adds_up_in_rows(tiny_export, tiny_bundle, onnx_bundle, component):
+    exported = tiny_export / component / "model.onnx"
     engine = Path("engines") / component
-    assert openvino_norms.sum_in_rows(openvino.Core().read_model(exported)) > 0
+    norms = operators(load_graph(exported)).count("InstanceNormalization")
+    assert norms > 0
+    assert openvino_norms.sum_in_rows(openvino.Core().read_model(exported)) == norms
+    assert onnx_norms.sum_in_rows(load_graph(exported)) == norms
     assert openvino_norms.sum_in_rows(openvino.Core().read_model(tiny_bundle / engine / "model.xml")) == 0
-    assert onnx_norms.sum_in_rows(load_graph(exported)) > 0
-    assert onnx_norms.sum_in_rows(load_graph(onnx_bundle.path / engine / "model.onnx")) == 0
+    assert "InstanceNormalization" not in operators(load_graph(onnx_bundle.path / engine / "model.onnx"))
+
+
+def operators(model):
+    return [node.op_type for node in model.graph.node]

@@ -23,6 +23,8 @@ CONTROL_EMBEDDING = "control_embedding"
 VAE_DECODER_FLOAT32 = "vae_decoder_float32"  # of FP16 bundles: what decodes again when the other one overflows
 TINY_VAE_DECODER = "tiny_vae_decoder"  # of bundles built with one: for previews, and for requests that ask for it
 
+# What works on as many values as an image has pixels.
+IN_PIXELS = (VAE_DECODER, VAE_DECODER_FLOAT32, TINY_VAE_DECODER, VAE_ENCODER)
 # What a bf16 bundle computes in float32: it runs once a request, and its error would reach every step.
 IN_FLOAT32 = (TEXT_ENCODER, DEPTH_ESTIMATOR, CONTROL_EMBEDDING)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from sdrt.bundle import Bundle, ComponentRecord
-from sdrt.runners.base import DEPTH_ESTIMATOR, TINY_VAE_DECODER, VAE_DECODER, VAE_DECODER_FLOAT32, VAE_ENCODER
+from sdrt.runners.base import DEPTH_ESTIMATOR, IN_PIXELS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -19,8 +19,7 @@ def usual_shapes(bundle: Bundle, component: ComponentRecord) -> Shapes | None:
     if len(profile.sizes) != 1 or profile.max_batch != 1 or component.name == DEPTH_ESTIMATOR:
         return None
     height, width = profile.sizes[0]
-    is_vae = component.name in (VAE_DECODER, VAE_DECODER_FLOAT32, TINY_VAE_DECODER, VAE_ENCODER)
-    if is_vae and max(height, width) > max(model.default_height, model.default_width):
+    if component.name in IN_PIXELS and max(height, width) > max(model.default_height, model.default_width):
         return None
     known = {
         "batch": 1,
