@@ -29,6 +29,11 @@ def load_graph(path: Path) -> onnx.ModelProto:
     return model
 
 
+def default_opset(model: onnx.ModelProto) -> int:
+    """The version of ONNX's own operators that the model is written in; 0 where it does not say."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
 def load_whole(path: Path) -> onnx.ModelProto:
     """The model at `path` with all of its weights in memory. BuildError: as `load_graph` and `external_files`.
 

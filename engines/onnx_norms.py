@@ -12,6 +12,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from sdrt.engines.onnx_files import default_opset
+
 _AXES_ARE_AN_INPUT = 18  # of reductions, from this opset on
 _FLAT = 2  # dimensions of [N, C], which has no rows
 
@@ -24,7 +26,7 @@ def sum_in_rows(model: onnx.ModelProto) -> int:
     of FP16 graphs, where a Cast lies between.
     """
     graph = model.graph
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    opset = default_opset(model)
     makers = {name: node for node in graph.node for name in node.output}
     constants = _constants(graph)
     shapes = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}

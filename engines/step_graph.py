@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sdrt.bundle import JsonValue
+from sdrt.engines.onnx_files import default_opset
 from sdrt.errors import BuildError
 from sdrt.plan.clamping import Thresholding
 from sdrt.step_border import ALL_STEP_INPUTS, fixed_sizes, step_inputs_of
@@ -219,7 +220,7 @@ def _check_names(inputs: Mapping[str, onnx.TypeProto.Tensor], outputs: Sequence[
 
 
 def _read_opset(unet: onnx.ModelProto) -> int:
-    opset = next((entry.version for entry in unet.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    opset = default_opset(unet)
     if opset < _FIRST_OPSET:
         raise BuildError(f"the UNet is of ONNX opset {opset}", hint=f"export it with opset {_FIRST_OPSET} or later")
     return opset
