@@ -96,6 +96,7 @@ def tasks_page(report: TasksReport) -> str:
     return render(
         "tasks.html",
         report=report,
+        settings={name.replace("_", " "): _setting(value) for name, value in report.settings.items()},
         sections=[_section(result) for result in report.results],
         counted=_counted([bar for _, bar in report.bars]),
         reference=PYTORCH_FP32,
@@ -132,6 +133,10 @@ def _suite_of(path: Path) -> object:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any]).get("suite")
     except msgspec.DecodeError:
         return None
+
+
+def _setting(value: JsonValue) -> JsonValue:
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _cells(result: TaskResult, row: Row) -> tuple[str, ...]:

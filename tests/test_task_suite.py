@@ -330,6 +330,11 @@ def test_the_report_is_written_with_every_picture_and_replaces_its_own_earlier_o
     assert data == json.loads(json.dumps(tasks_json(report_of(results)), allow_nan=False))
 
 
+def test_the_page_names_its_settings_in_words(bench):
+    shown = replace(report_of(list(bench.results("text-to-image"))), settings={"cold_starts": 1, "peers": ["a", "b"]})
+    assert "cold starts 1 · peers a, b" in tasks_page(shown)
+
+
 @pytest.mark.parametrize("name", ["report.json", "holiday.jpg"])
 def test_a_report_of_another_suite_and_a_folder_of_pictures_are_not_replaced(tmp_path, name):
     (tmp_path / name).write_text("{}")
