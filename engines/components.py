@@ -18,7 +18,7 @@ from sdrt.progress import Progress, silent
 from sdrt.runners.base import STEP
 
 _RECORD_NAME = "component.json"
-_BUILDERS_VERSION = 5  # part of every key: raise it when a builder makes other engines of the same ONNX
+_BUILDERS_VERSION = 6  # part of every key: raise it when a builder makes other engines of the same ONNX
 _UNMEASURED = ParityRecord(metric="max_relative", measured=float("inf"), bound=0.0)
 
 

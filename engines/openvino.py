@@ -73,7 +73,7 @@ class OpenVinoBuilder:
         try:
             model = openvino.Core().read_model(source.onnx_path)
             _fix_dimensions(model, source)
-            if source.name in IN_PIXELS:
+            if precision == "fp32" and source.name in IN_PIXELS:
                 sum_in_rows(model)
             kept = _float32_nodes(model, source.name) if precision == "bf16" else set()
         except RuntimeError as error:

@@ -13,6 +13,7 @@ from sdrt.engines import onnx_norms, openvino_norms
 from sdrt.engines.onnx_files import load_graph
 from sdrt.engines.onnx_session import run_onnx
 from sdrt.engines.onnxruntime import OnnxRuntimeBuilder
+from sdrt.engines.openvino import OpenVinoBuilder
 from tests.component_source import source_of
 
 GROUPS, CHANNELS, EPSILON = 2, 8, 1e-6
@@ -145,6 +146,15 @@ def test_every_group_norm_of_a_vae_adds_up_in_rows(tiny_export, tiny_bundle, onn
     assert onnx_norms.sum_in_rows(load_graph(exported)) == norms
     assert openvino_norms.sum_in_rows(openvino.Core().read_model(tiny_bundle / engine / "model.xml")) == 0
     assert "InstanceNormalization" not in operators(load_graph(onnx_bundle.path / engine / "model.onnx"))
+
+
+@pytest.mark.parametrize("component", ["vae_decoder", "vae_encoder"])
+def test_in_bf16_they_stay_as_they_are(tiny_export, onnx_bundle, tmp_path, component):
+    exported = tiny_export / component / "model.onnx"
+    source = replace(source_of(onnx_bundle, component), onnx_path=exported)
+    OpenVinoBuilder().build(source, "bf16", tmp_path)
+    norms = operators(load_graph(exported)).count("InstanceNormalization")
+    assert openvino_norms.sum_in_rows(openvino.Core().read_model(tmp_path / "model.xml")) == norms > 0
 
 
 def operators(model):
